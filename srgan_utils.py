@@ -1,0 +1,2688 @@
+"""SRGAN for faces (Ledig et al. 2017, arXiv:1609.04802) in one file. Read it top to bottom.
+
+     1 Config        every number that a run depends on, and the presets
+     2 Runtime       device, precision, seeds, Colab and Drive
+     3 Pixels        load, save, resize, round
+     4 Data          sources, `prepare`, `FaceStore`, batches
+     5 Models        generator, discriminator, VGG19 features
+     6 Losses        pixel, content, adversarial
+     7 Metrics       PSNR, SSIM, LPIPS, sharpness, checkerboard index
+     8 Checkpoints   save, verify, find again, back up; export and load generators
+     9 Inference     `upscale`: any photo, tile by tile
+    10 Evaluation    one row per image, bicubic and HR beside it
+    11 Figures       four panels, sample strips, loss curves
+    12 Training      the step functions and `train`
+    13 Notebook aids `show_source`, `shape_walk`, a dashboard, uploads
+    14 Command line  `main`
+
+A section uses only the sections above it. Everywhere, unless a docstring says otherwise:
+    lr, sr, hr   low-resolution, super-resolved, high-resolution *images* (never the learning rate)
+    images       float32 tensors (N, 3, H, W), RGB, in [0, 1]
+    scale        what people call the upscale factor
+    §, Eq., Fig. refer to the paper above; "the report" is the course project that this one began as
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "REPOSITORY", "Config", "PRESETS",                                              # 1
+    "pick_device", "resolve_precision", "seeded", "environment", "in_colab",        # 2
+    "mount_drive", "workspace",
+    "load_image", "save_image", "bicubic", "quantise", "luma", "to_imagenet",       # 3
+    "from_imagenet",
+    "Source", "open_source", "synthetic_face", "split_of", "prepare", "FaceStore",  # 4
+    "make_pair", "batch_indices", "batch",
+    "ResidualBlock", "UpsampleBlock", "icnr_", "Generator", "Discriminator",        # 5
+    "VGGFeatures", "count_parameters", "receptive_radius",
+    "pixel_loss", "feature_loss", "adversarial_loss", "discriminator_loss",         # 6
+    "psnr", "ssim", "lpips", "sharpness", "checkerboard_index", "flat_field",       # 7
+    "save_checkpoint", "load_checkpoint", "newest_checkpoint", "Backup",            # 8
+    "export_generator", "load_generator",
+    "upscale",                                                                      # 9
+    "evaluate", "summarise", "results_table",                                       # 10
+    "comparison_figure", "image_strip", "history_figure",                           # 11
+    "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
+    "update_ema", "Progress", "run_name", "train",
+    "show_source", "shape_walk", "progress_bar", "Dashboard", "uploaded_files",     # 13
+    "upload_images",
+    "main",                                                                         # 14
+]
+
+# The one place that says where the project lives; badges and set-up cells are tested against it.
+REPOSITORY = "OWNER/srgan-celeba"
+
+
+# -----------------------------------------------------------------------------
+# 1. Config: every number that a run depends on
+# -----------------------------------------------------------------------------
+
+
+def _suggest(word: str, words: Sequence[str]) -> str:
+    """The end of an error message: the nearest of `words`, and all of them."""
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}choose from {', '.join(words)}"
+
+
+# What a field may be. Numbers: from 0 on, unless lowest and highest stand here; words: the choices.
+_RANGES = {
+    "crop": (16, 178), "hr_size": (16, 1024), "patch_size": (16, 1024), "channels": (4, 512),
+    "residual_blocks": (1, 64), "kernel_size": (3, 9), "batch_norm": (0, 1), "batch_size": (1, 4096),
+    "learning_rate": (1e-8, 1), "pretrain_learning_rate": (1e-8, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
+    "vgg_layers": (1, 37), "vgg_rescale": (1e-6, 1e6), "ema": (0, 0.999999), "seed": (0, 2**32 - 1),
+    "save_steps": (1, 1e9), "save_minutes": (0.01, 1e6), "sample_steps": (1, 1e9),
+}
+_CHOICES = {
+    "scale": (2, 4, 8, 16), "output": ("report", "tanh", "linear"), "discriminator": ("dense", "pooled"),
+    "content": ("pixel", "vgg", "features"), "distance": ("l1", "mse"),
+    "adversarial": ("least_squares", "bce", "relativistic"), "decay": ("none", "cosine"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+}
+
+
+@dataclass
+class Config:
+    """Every number that a run depends on. `Config()` is the preset `sharp` at 4x.
+
+    Raises ValueError, with the nearest valid choice, for a value that is out of range or of the wrong type.
+    """
+
+    preset_name: str = "sharp"        # which preset the other values started from
+    scale: int = 4                    # the upscale factor: 2, 4, 8 or 16
+
+    # Pixels: HR is the centre `crop` of a 178-px face, resized to `hr_size`; LR is HR / scale
+    crop: int = 176
+    hr_size: int = 176                # px; a multiple of scale, and of 16 for a dense discriminator
+    patch_size: int | None = 96       # px of HR that one update sees; None: the whole face (§3.2 uses 96)
+    flip: bool = True                 # mirror half of the faces
+
+    # Generator (Fig. 4)
+    channels: int = 64
+    residual_blocks: int = 8
+    kernel_size: int = 3              # of the first and the last convolution
+    batch_norm: float = 0.0           # momentum of the generator's BatchNorm; 0: none
+    shared_upsampling: bool = False   # one up-sampling block applied log2(scale) times, as the report did
+    icnr: bool = True                 # start the up-sampling free of checkerboard (arXiv:1707.02937)
+    skip: bool = True                 # the network adds detail to a bicubic enlargement
+    output: str = "linear"            # report: 2.38 tanh + 0.26, ImageNet-normalised; tanh: [0, 1]
+
+    # Discriminator
+    discriminator: str = "pooled"     # dense: Fig. 4, one input size; pooled: 4x4 strided, any size
+
+    # Losses
+    distance: str = "l1"              # l1 or mse, for the pixel and the content loss
+    content: str = "features"         # pixel, vgg, or features (the discriminator's own, feature matching)
+    content_weight: float = 0.1
+    pixel_weight: float = 1.0         # a pixel loss beside a vgg or features content loss
+    vgg: str = "imagenet"             # VGG19 weights: imagenet, random, or a file
+    vgg_layers: int = 35              # how many of VGG19's layers: 35 ends at conv5_4 before its ReLU
+    vgg_rescale: float = 12.75        # VGG features are divided by it (§3.2)
+    adversarial: str = "least_squares"
+    adversarial_weight: float = 5e-3
+    ramp_steps: int = 500             # adversarial updates over which that weight grows from 0
+
+    # Optimiser: Adam, both networks
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    pretrain_learning_rate: float = 5e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    warmup_steps: int = 100           # updates at the start of each stage
+    decay: str = "cosine"             # none, or cosine down to a hundredth over each stage
+    decay_steps: int | None = None    # adversarial updates until then; None: `steps` when the run is created
+    ema: float = 0.999                # moving average of the generator; 0: none
+
+    # Length. `steps` counts adversarial updates, `pretrain_steps` those before; None: from the epochs
+    pretrain_steps: int | None = 12_000
+    steps: int | None = 6_000
+    pretrain_epochs: float = 0.0
+    epochs: float = 0.0
+
+    # How it runs
+    precision: str = "auto"           # auto, fp32, bf16 or fp16; resolved once, when the run is created
+    seed: int = 0
+    save_steps: int = 1_000
+    save_minutes: float = 10.0
+    sample_steps: int = 500           # updates between two sample strips
+
+    def __post_init__(self):
+        for item in fields(self):
+            setattr(self, item.name, _checked(item.name, item.type, getattr(self, item.name)))
+        _suggest_multiple("hr_size", self.hr_size, self.scale, f"scale={self.scale}")
+        _suggest_multiple("patch_size", self.patch, self.scale, f"scale={self.scale}")
+        if self.discriminator == "dense":
+            _suggest_multiple("hr_size", self.hr_size, 16, "16 (the dense discriminator halves it 4 times)")
+            _suggest_multiple("patch_size", self.patch, 16, "16 (the dense discriminator halves it 4 times)")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} is even; try {self.kernel_size + 1}")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> Config:
+        """The preset `name` (report, paper, sharp or demo) with `changes`. ValueError if there is none."""
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}: {_suggest(name, list(PRESETS))}")
+        return cls.from_dict({"preset_name": name} | PRESETS[name] | changes)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        """A Config from plain values. ValueError for an unknown field, with the nearest name."""
+        names = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ValueError(f"there is no field {name!r}: {_suggest(name, names)}")
+        return cls(**values)
+
+    @property
+    def patch(self) -> int:
+        """Side of the HR square that one update sees, px: a patch larger than `hr_size` means `hr_size`."""
+        return min(self.patch_size or self.hr_size, self.hr_size)
+
+    @property
+    def stages(self) -> int:
+        """Doublings from LR to HR: log2(scale)."""
+        return self.scale.bit_length() - 1
+
+    @property
+    def total_steps(self) -> int:
+        """All updates, pre-training included; needs lengths in updates (`for_faces`)."""
+        return self.pretrain_steps + self.steps
+
+    def for_faces(self, count: int) -> Config:
+        """The same with lengths stated in epochs turned into updates, for a training split of `count` faces."""
+        def updates(epochs):
+            return math.ceil(epochs * count / self.batch_size)
+
+        pretrain = updates(self.pretrain_epochs) if self.pretrain_steps is None else self.pretrain_steps
+        steps = updates(self.epochs) if self.steps is None else self.steps
+        decay = steps if self.decay_steps is None else self.decay_steps
+        return replace(self, pretrain_steps=pretrain, steps=steps, decay_steps=decay)
+
+
+def _suggest_multiple(name: str, value: int, of: int, why: str) -> None:
+    """ValueError unless `value` is a multiple of `of`, naming the nearest that is."""
+    if value % of:
+        nearest = max(of, round(value / of) * of)
+        raise ValueError(f"{name}={value} is not a multiple of {why}; the nearest that is: {nearest}")
+
+
+def _checked(name: str, kind: str, value):
+    """`value` as the type that field `name` is declared with, if it may have it; else ValueError."""
+    if value is None and kind.endswith("| None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    whole = isinstance(value, float) and value.is_integer()
+    if kind == "int" and whole:
+        value = int(value)
+    if kind == "float" and type(value) is int:
+        value = float(value)
+    valid = type(value).__name__ == kind and value == value  # value != value: not a number
+    if name in _CHOICES:
+        if not valid or value not in _CHOICES[name]:
+            raise ValueError(_choice_error(name, value))
+    elif not valid:
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[kind]
+        raise ValueError(f"{name}={value!r} must be {wanted}")
+    elif kind in ("int", "float"):
+        low, high = _RANGES.get(name, (0, 1e9))
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value} is out of range; the nearest valid: {low if value < low else high:g}")
+    return value
+
+
+def _choice_error(name: str, value) -> str:
+    if name == "scale":
+        return f"scale={value!r} is not possible: choose 2, 4, 8 or 16 (each stage of the network doubles the size)"
+    return f"{name}={value!r}: {_suggest(value, [str(choice) for choice in _CHOICES[name]])}"
+
+
+def _parsed(name: str, text: str):
+    """The value of field `name` written as `text` on a command line. ValueError if it cannot be one."""
+    kinds = {item.name: item.type for item in fields(Config)}
+    if name not in kinds:
+        raise ValueError(f"there is no field {name!r}: {_suggest(name, list(kinds))}")
+    kind = kinds[name]
+    if kind.endswith("| None") and text.lower() == "none":
+        return None
+    if kind == "bool" and text.lower() in ("true", "false", "1", "0"):
+        return text.lower() in ("true", "1")
+    if kind != "str":
+        with contextlib.suppress(ValueError):
+            return _checked(name, kind, float(text) if not text.lstrip("+-").isdigit() else int(text))
+    return _checked(name, kind, text)
+
+
+# The report's discriminator and data, which the paper's preset shares where the report followed the paper
+_FIG4 = dict(
+    kernel_size=9, icnr=False, skip=False, discriminator="dense", pixel_weight=0.0, content="vgg",
+    content_weight=1.0, adversarial_weight=1e-3, ramp_steps=0, warmup_steps=0, decay="none", ema=0.0,
+)
+PRESETS = {
+    # The course report, exactly: 20,000 faces of CelebA (`prepare celeba --limit 20000`), 3 epochs
+    "report": _FIG4 | dict(
+        crop=144, hr_size=256, patch_size=None, flip=False, residual_blocks=5, batch_norm=0.8,
+        shared_upsampling=True, output="report", vgg_layers=19, vgg_rescale=1.0, batch_size=8,
+        learning_rate=1e-5, beta1=0.5, beta2=0.999, pretrain_steps=0, steps=None, epochs=3.0,
+    ),
+    # Ledig et al.: 10^6 updates of pre-training and 2 x 10^5 adversarial ones on 350,000 images (§3.2),
+    # as epochs, so that they scale with the data
+    "paper": _FIG4 | dict(
+        crop=178, hr_size=128, patch_size=96, residual_blocks=16, batch_norm=0.1, output="tanh",
+        distance="mse", vgg_layers=36, adversarial="bce", batch_size=16, beta2=0.999,
+        pretrain_learning_rate=1e-4, pretrain_steps=None, pretrain_epochs=46.0, steps=None, epochs=9.0,
+    ),
+    "sharp": {},
+    # Minutes on two CPU cores
+    "demo": dict(
+        hr_size=96, patch_size=48, channels=32, residual_blocks=4, pretrain_steps=1_600, steps=250,
+        ramp_steps=100, warmup_steps=50, ema=0.99, batch_size=16, pretrain_learning_rate=1e-3,
+        save_steps=500, sample_steps=200,
+    ),
+}
+
+
+# -----------------------------------------------------------------------------
+# 2. Runtime: device, precision, seeds, Colab and Drive
+# -----------------------------------------------------------------------------
+
+
+def pick_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp16`: what `precision` (see `Config`) means on `device`.
+
+    `torch.cuda.is_bf16_supported()` is not asked: it says yes on a T4, which only emulates it.
+    """
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device)[0] >= 8
+        return {"auto": "bf16" if modern else "fp16", "bf16": "bf16" if modern else "fp16"}.get(precision, precision)
+    native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    if precision in ("auto", "fp16"):
+        return "bf16" if native else "fp32"
+    return precision
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU random generator that is a function of `numbers` (a seed, an update, ...) and nothing else."""
+    low, high = np.random.SeedSequence(numbers).generate_state(2)
+    return torch.Generator().manual_seed(int(high) << 32 | int(low))
+
+
+def environment() -> dict[str, str]:
+    """What a result depends on besides its config: versions, device, threads."""
+    device = pick_device()
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def in_colab() -> bool:
+    """Whether this is a Colab kernel. (`import google.colab` would succeed on Kaggle too.)"""
+    shell = sys.modules.get("IPython")
+    return shell is not None and "google.colab" in str(shell.get_ipython())
+
+
+def mount_drive(mount_point: str = "/content/drive") -> Path | None:
+    """This project's folder on the user's Drive, or None where there is no Drive; says which in one line.
+
+    Nothing is ever created below a mount point that is not mounted: such a folder would lie on the
+    virtual machine, be lost with it, and keep Drive from being mounted later.
+    """
+    if not in_colab():
+        print("Google Drive: only in Colab; everything stays on this disk.")
+        return None
+    try:
+        if not os.path.ismount(mount_point):  # drive.mount asks for consent even if it is mounted
+            from google.colab import drive
+
+            drive.mount(mount_point)
+        if not os.path.ismount(mount_point):
+            raise OSError("it did not appear after mounting")
+        folder = Path(mount_point) / "MyDrive" / "srgan"
+        folder.mkdir(exist_ok=True)
+    except Exception as error:  # MessageError, ValueError, pexpect's, KeyError: none may end the notebook
+        print(f"WARNING: no Google Drive ({type(error).__name__}: {_one_line(error)}). "
+              "Checkpoints stay on this machine and are lost when the session ends.")
+        return None
+    print(f"Google Drive: {folder}")
+    return folder
+
+
+def workspace() -> Path:
+    """The folder on the local disk for stores and runs: /content/srgan-work in Colab, else ./srgan-work."""
+    folder = Path("/content/srgan-work" if in_colab() else "srgan-work")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+# -----------------------------------------------------------------------------
+# 3. Pixels: load, save, resize, round
+# -----------------------------------------------------------------------------
+
+_MAX_PIXELS = 100_000_000
+# Pillow decides by content, not by name; formats that run an interpreter (EPS, WMF) are left out
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def _read_image(file):
+    """`file` (a path or an open binary file) as a Pillow image, RGB or RGBA, upright, 8 bits.
+
+    Raises ValueError saying what is wrong with it: not an image, truncated, absurdly large.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns from 89 megapixels on; the limit here is our own
+            with Image.open(file, formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > _MAX_PIXELS:
+                    raise ValueError(f"absurdly large ({width} x {height} px)")
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError("not an image that Pillow can read" if isinstance(error, UnidentifiedImageError)
+                         else "absurdly large") from None
+    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError, ... on damage
+        raise ValueError(f"truncated or damaged ({_one_line(error)})") from None
+
+
+def _to_rgb(image):
+    """Any Pillow mode as RGB, or RGBA if it is transparent anywhere; 16-bit greys keep their top 8 bits."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
+        levels = np.asarray(image, dtype=np.int64)
+        image = Image.fromarray((levels >> 8 if levels.max(initial=0) > 255 else levels).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        levels = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((levels * (255 if levels.max(initial=0) <= 1 else 1)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            return image
+    return image.convert("RGB")
+
+
+def _on_white(image):
+    """RGBA pasted on white, as a viewer shows it; RGB unchanged."""
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def load_image(path: str | Path) -> Tensor:
+    """The photo at `path` as (1, 3, H, W), upright, on white where it is transparent.
+
+    Raises FileNotFoundError, or ValueError if it is not an image, truncated or larger than 100 megapixels.
+    """
+    try:
+        return _to_tensor(np.asarray(_on_white(_read_image(path))))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) or (N, H, W, 3) as float32 (N, 3, H, W) in [0, 1]."""
+    batch = torch.from_numpy(np.array(pixels, ndmin=4))
+    return batch.permute(0, 3, 1, 2).float().div(255)
+
+
+def _to_pixels(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in [0, 1] as uint8 (N, H, W, 3): clamped and rounded."""
+    levels = images.detach().mul(255).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_image(image: Tensor, path: str | Path) -> None:
+    """Write one image, (1, 3, H, W) or (3, H, W) in [0, 1], as PNG or whatever the name's ending says."""
+    from PIL import Image
+
+    Image.fromarray(_to_pixels(image.reshape(1, *image.shape[-3:]))[0]).save(path)
+
+
+def bicubic(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """`images` resized to `size` (a side, or height and width), down or up, neither clamped nor rounded.
+
+    The one resize of this project: bicubic with a = -0.5, antialiased, as Pillow's. Without `antialias`
+    torch uses a = -0.75 and does not filter, which moves a bicubic baseline by up to 0.7 dB.
+    """
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True)
+
+
+def quantise(images: Tensor) -> Tensor:
+    """Clamped to [0, 1] and rounded to 8-bit levels, as a file would hold them."""
+    return images.mul(255).round().clamp(0, 255).div(255)
+
+
+def luma(images: Tensor) -> Tensor:
+    """Y of (N, 3, H, W) as (N, 1, H, W): (16 + 65.481 R + 128.553 G + 24.966 B) / 255 (ITU-R BT.601)."""
+    weights = images.new_tensor([65.481, 128.553, 24.966]).view(1, 3, 1, 1)
+    return ((images * weights).sum(1, keepdim=True) + 16) / 255
+
+
+def _imagenet(like: Tensor) -> tuple[Tensor, Tensor]:
+    mean = like.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    return mean, like.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+def to_imagenet(images: Tensor) -> Tensor:
+    """[0, 1] to the mean and deviation of ImageNet, which VGG19 was trained with: about [-2.1, 2.6]."""
+    mean, std = _imagenet(images)
+    return (images - mean) / std
+
+
+def from_imagenet(images: Tensor) -> Tensor:
+    """The inverse of `to_imagenet`; not clamped."""
+    mean, std = _imagenet(images)
+    return images * std + mean
+
+
+# -----------------------------------------------------------------------------
+# 4. Data: sources, `prepare`, `FaceStore`, batches
+# -----------------------------------------------------------------------------
+
+# --- Synthetic faces, drawn by rule
+
+_DRAWN = 356  # px: synthetic faces are drawn twice as large as they are stored, so that edges come out smooth
+_HAIR = ((32, 26, 24), (70, 45, 30), (120, 82, 48), (190, 150, 92), (140, 60, 34), (176, 174, 172))
+_IRIS = ((70, 45, 28), (96, 66, 36), (74, 108, 66), (82, 118, 158), (110, 128, 140))
+
+
+def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:
+    """Smooth noise, (drawn, drawn, 1), deviation about 1: `cells` random values a side, enlarged."""
+    values = torch.from_numpy(rng.normal(size=(1, 1, cells, cells)).astype(np.float32))
+    return bicubic(values, _DRAWN)[0, 0, :, :, None].numpy()
+
+
+def _oval(x: float, y: float, rx: float, ry: float, jaw: float = 0.0) -> np.ndarray:
+    """Outline of an ellipse as points (48, 2); `jaw` narrows its lower half towards a chin."""
+    angle = np.linspace(0, 2 * np.pi, 48)
+    narrow = 1 - jaw * np.clip(np.sin(angle), 0, 1) ** 2
+    return np.stack([x + rx * np.cos(angle) * narrow, y + ry * np.sin(angle)], axis=1)
+
+
+def _paint(canvas, points, colour, soft=1.0, strength=1.0, width=0, within=None) -> None:
+    """Fill a polygon of `canvas` (H, W, 3), or draw a line of `width` px, in place, with edges blurred by `soft` px.
+
+    colour: (3,) or a whole picture to take it from; strength: opacity; within: an outline that clips it.
+    """
+    from PIL import Image, ImageDraw, ImageFilter
+
+    points = np.asarray(points, dtype=float)
+    margin = int(3 * soft + width + 2)
+    left, top = np.clip(points.min(0).astype(int) - margin, 0, _DRAWN)
+    right, bottom = np.clip(points.max(0).astype(int) + margin, 0, _DRAWN)
+    if right <= left or bottom <= top:
+        return
+
+    def mask(outline, line):
+        image = Image.new("L", (right - left, bottom - top))
+        shifted = [tuple(point) for point in np.asarray(outline) - (left, top)]
+        draw = ImageDraw.Draw(image)
+        draw.line(shifted, fill=255, width=line, joint="curve") if line else draw.polygon(shifted, fill=255)
+        return np.asarray(image.filter(ImageFilter.GaussianBlur(soft)), dtype=np.float32)[..., None] / 255
+
+    opacity = mask(points, width) * strength
+    if within is not None:
+        opacity = opacity * mask(within, 0)
+    colour = np.asarray(colour, dtype=np.float32)
+    region = canvas[top:bottom, left:right]
+    region += opacity * ((colour[top:bottom, left:right] if colour.ndim == 3 else colour) - region)
+
+
+def _paint_eye(canvas, look, x, y, side):
+    w, h, skin, flesh = look["eye_w"], look["eye_h"], look["skin"], look["flesh"]
+    upper = np.array([(-1, .1), (-.5, -.85), (0, -1), (.55, -.8), (1, .1)]) * (w, h) + (x, y)
+    lower = np.array([(1, .1), (.5, .75), (-.5, .75), (-1, .1)]) * (w, h) + (x, y)
+    almond = np.concatenate([upper, lower])
+    _paint(canvas, _oval(x, y - 4, w * 1.35, h * 2.2), flesh * 0.74, soft=6, strength=0.55)
+    _paint(canvas, almond, (230, 226, 222), soft=0.8)
+    _paint(canvas, _oval(x + look["gaze"], y - 0.5, h * 1.05, h * 1.05), look["iris"], 0.8, within=almond)
+    _paint(canvas, _oval(x + look["gaze"], y - 0.5, h * 0.5, h * 0.5), (14, 12, 12), 0.6, within=almond)
+    _paint(canvas, _oval(x + look["gaze"] + 3, y - 4, 2.2, 2.2), (250, 250, 250), 0.5)
+    _paint(canvas, upper, skin * 0.25, soft=0.7, width=4)
+    _paint(canvas, upper - (0, 8), skin * 0.6, soft=1, strength=0.6, width=2)
+    _paint(canvas, lower, skin * 0.5, soft=0.8, strength=0.5, width=2)
+    arch = np.array([(-1.15 * side, 4), (0, -4), (1.4 * side, 5 + look["tilt"])]) * (w, 1) + (x, y - look["brow"])
+    _paint(canvas, arch, look["brow_colour"], soft=1.6, strength=0.9, width=look["brow_width"])
+
+
+def _paint_nose(canvas, look, x, top, y):
+    w, flesh, dark = look["nose_w"], look["flesh"], look["dark_side"]
+    _paint(canvas, [(x + dark * 9, top), (x + dark * w * 0.8, y - 6)], flesh * 0.72, soft=6, strength=0.6, width=10)
+    _paint(canvas, [(x - dark * 2, top), (x - dark * 2, y - 6)], flesh * 1.15 + 5, soft=5, strength=0.5, width=9)
+    under = [(x - w, y - 2), (x - w * 0.6, y + 7), (x, y + 9), (x + w * 0.6, y + 7), (x + w, y - 2)]
+    _paint(canvas, under, flesh * 0.6, soft=2.5, strength=0.8, width=5)
+    for side in (-1, 1):
+        _paint(canvas, _oval(x + side * w * 0.5, y + 4, 4.5, 2.8), look["skin"] * 0.25, soft=1.2, strength=0.9)
+        fold = [(x + side * w * 1.2, y - 2), (x + side * w * 1.8, y + 22), (x + side * w * 1.95, y + 36)]
+        _paint(canvas, fold, flesh * 0.7, soft=3, strength=look["fold"], width=4)
+
+
+def _paint_mouth(canvas, look, x, y):
+    w, smile, gap, lips = look["mouth_w"], look["smile"], look["gap"], look["lips"]
+    left, right = (x - w, y - smile), (x + w, y - smile)
+    upper = [left, (x - 8, y - 9), (x, y - 6), (x + 8, y - 9), right, (x, y + 1)]
+    lower = [left, (x - w * 0.45, y + 2), (x + w * 0.45, y + 2), right,
+             (x + w * 0.5, y + 11 + gap), (x, y + 15 + gap), (x - w * 0.5, y + 11 + gap)]
+    _paint(canvas, upper, lips * 0.86, soft=1.2)
+    _paint(canvas, lower, lips, soft=1.2)
+    if gap > 2:
+        teeth = [(x - w * 0.8, y - smile * 0.7), (x, y - 1), (x + w * 0.8, y - smile * 0.7),
+                 (x + w * 0.4, y + 3 + gap), (x, y + 5 + gap), (x - w * 0.4, y + 3 + gap)]
+        _paint(canvas, teeth, (236, 230, 220), soft=0.8)
+        for tooth in np.arange(-w * 0.5, w * 0.5, 8):
+            _paint(canvas, [(x + tooth, y), (x + tooth, y + gap + 1)], (150, 140, 132), 0.6, 0.5, width=1)
+    else:
+        _paint(canvas, [left, (x - w * 0.4, y + 1), (x, y), (x + w * 0.4, y + 1), right], look["skin"] * 0.3, 1, 0.9, 3)
+    _paint(canvas, _oval(x, y + 24 + gap, 18, 5), look["flesh"] * 0.76, soft=4, strength=0.5)
+
+
+def _paint_hair(canvas, look, rng, x, y, rx, ry):
+    """A cap over the skull, down the sides where the hair is long, strand by strand."""
+    from PIL import Image, ImageDraw
+
+    line, part = y - ry * rng.uniform(0.55, 0.70), rng.uniform(-0.5, 0.5)
+    skull = [point for point in _oval(x, y, rx * 1.1, ry * 1.13)[24:]]  # left ear, over the top, right ear
+    fringe = [(x + rx * 0.97, y - ry * 0.2), (x + rx * (0.62 + 0.2 * part), line + 12), (x + rx * part, line - 6),
+              (x - rx * (0.62 - 0.2 * part), line + 12), (x - rx * 0.97, y - ry * 0.2)]
+    outlines = [np.array(skull + fringe)]
+    if look["style"] == "long":
+        for side in (-1, 1):
+            outlines.append(np.array([(x + side * rx * a, y + ry * b) for a, b in (
+                (0.9, -0.55), (1.12, -0.35), (1.3, 0.4), (1.25, 1.25), (0.8, 1.3), (0.93, 0.5), (0.99, 0.0))]))
+    picture = Image.fromarray(look["hair_picture"].clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for start in rng.uniform(-1, 1, 260):
+        t = np.linspace(0, 1, 9) * np.pi / 2
+        reach = np.sign(start) * (0.3 + 0.95 * abs(start))
+        fall = (1.4 if look["style"] == "long" else 0.2) * ry * (t / t[-1]) ** 3
+        across = x + rx * (part * 0.6 + (reach - part * 0.3) * np.sin(t)) + rng.normal(0, 2)
+        down = y - ry * 1.08 * np.cos(t) * (1 - 0.35 * rng.random()) + fall
+        colour = np.clip(look["hair"] * rng.uniform(0.55, 1.5) + rng.uniform(0, 16), 0, 255).astype(int)
+        draw.line(list(zip(across, down)), fill=tuple(colour), width=2)
+    for outline in outlines:
+        _paint(canvas, outline, np.asarray(picture), soft=2)
+
+
+def _look(rng, x, y, rx, ry) -> dict:
+    """What tells one synthetic face from another: colours, sizes, light."""
+    skin = np.array([238, 200, 172]) * (1 - rng.beta(1.2, 1.8) * np.array([0.62, 0.70, 0.76]))
+    hair = np.array(_HAIR[rng.choice(6, p=[0.32, 0.26, 0.16, 0.10, 0.06, 0.10])]) * rng.uniform(0.8, 1.15)
+    rows, columns = np.mgrid[:_DRAWN, :_DRAWN].astype(np.float32)[..., None]
+    across, down, light = (columns - x) / rx, (rows - y) / ry, rng.uniform(-1, 1)
+    shade = 1 + 0.16 * light * across - 0.12 * np.abs(across) ** 2.5 - 0.05 * down.clip(-1, 1)
+    flesh = skin * shade.clip(0.45, 1.3) + _noise(rng, 120) * rng.uniform(1, 3.5) + _noise(rng, 24) * 2.5
+    return {
+        "skin": skin, "flesh": flesh, "hair": hair, "style": rng.choice(["long", "short", "bald"], p=[0.43, 0.50, 0.07]),
+        "hair_picture": hair * (0.85 + 0.25 * light * across.clip(-1, 1)) + _noise(rng, 90) * 14,
+        "eye_w": rng.uniform(17, 21), "eye_h": rng.uniform(7, 10.5), "gaze": rng.uniform(-3, 3),
+        "iris": np.array(_IRIS[rng.integers(5)]), "tilt": rng.uniform(-4, 5), "brow": rng.uniform(23, 30),
+        "brow_width": int(rng.integers(5, 10)), "brow_colour": np.minimum(hair * 0.75, skin * 0.7),
+        "nose_w": rng.uniform(15, 22), "dark_side": -1 if light > 0 else 1, "fold": rng.uniform(0.1, 0.5),
+        "mouth_w": rng.uniform(27, 38), "smile": rng.uniform(-3, 11), "gap": max(0.0, rng.uniform(-6, 9)),
+        "lips": skin * np.array([0.86, 0.60, 0.60]) + rng.uniform(0, 30) * np.array([1, 0, 0.2]),
+        "beard": rng.random() < 0.16, "glasses": rng.random() < 0.2,
+    }
+
+
+def _paint_bust(canvas, look, rng, x, y, rx, ry):
+    """Hair behind the head, clothes, collar, neck, ears and the head itself."""
+    n, flesh = _DRAWN, look["flesh"]
+    if look["style"] == "long":
+        _paint(canvas, _oval(x, y + 40, rx * 1.25, ry * 1.25), look["hair_picture"] * 0.7, soft=3)
+    cloth = rng.uniform(25, 200) + rng.uniform(-60, 60, 3) + _noise(rng, 130) * rng.uniform(1, 9)
+    _paint(canvas, _oval(x, n + 40, rx * 2.1, 128), cloth, soft=1.5)
+    neck = [(x - rx * 0.55, y + ry * 0.5), (x + rx * 0.55, y + ry * 0.5), (x + rx * 0.66, n * 0.97),
+            (x, n + 6), (x - rx * 0.66, n * 0.97)]
+    _paint(canvas, neck, flesh * 0.8, soft=2)
+    _paint(canvas, _oval(x, y + ry * 0.95, rx * 0.55, 22), flesh * 0.55, soft=9, strength=0.7)
+    collar = rng.uniform(130, 255, 3)
+    for side in (-1, 1):
+        _paint(canvas, [(x + side * rx * 0.58, n * 0.9), (x + side * rx * 0.98, n * 0.97),
+                        (x + side * rx * 0.3, n + 20), (x + side * 2, n + 8)], collar, soft=1)
+        _paint(canvas, _oval(x + side * rx * 0.99, y + 4, 13, 26), flesh * 0.88, soft=1.5)
+        _paint(canvas, _oval(x + side * rx * 1.0, y + 4, 7, 16), flesh * 0.7, soft=1.5, strength=0.8, width=3)
+    _paint(canvas, _oval(x, y, rx, ry, look["jaw"]), flesh, soft=1.5)
+
+
+def _paint_face(canvas, look, rng, x, y, rx, ry):
+    """Cheeks, eyes, nose, mouth, beard, hair and glasses on a head at (x, y) of half-axes rx and ry."""
+    for side in (-1, 1):
+        cheek = look["skin"] * np.array([1.0, 0.72, 0.68])
+        _paint(canvas, _oval(x + side * rx * 0.5, y + 34, 22, 16), cheek, soft=11, strength=look["fold"] * 0.6)
+    eye_y, apart, nose_y, mouth_y = y - rng.uniform(8, 16), rx * rng.uniform(0.42, 0.48), y + 36, y + rng.uniform(63, 70)
+    if look["beard"]:
+        stubble = look["hair"] * 0.8 + _noise(rng, 150) * 16
+        beard = _oval(x, y + 4, rx * 0.97, ry * 0.97, look["jaw"])
+        _paint(canvas, np.concatenate([beard[2:23], [(x - rx * 0.6, nose_y + 14), (x + rx * 0.6, nose_y + 14)]]),
+               stubble, soft=5, strength=rng.uniform(0.5, 0.9))
+    for side in (-1, 1):
+        _paint_eye(canvas, look, x + side * apart, eye_y, side)
+    _paint_nose(canvas, look, x, eye_y + 6, nose_y)
+    _paint_mouth(canvas, look, x, mouth_y)
+    if look["style"] != "bald":
+        _paint_hair(canvas, look, rng, x, y, rx, ry)
+    if look["glasses"]:
+        frame = rng.uniform(10, 90, 3)
+        for side in (-1, 1):
+            _paint(canvas, _oval(x + side * apart, eye_y + 3, look["eye_w"] * 1.5, 20), frame, soft=0.7, width=4)
+        bridge = apart - look["eye_w"] * 1.5
+        _paint(canvas, [(x - bridge, eye_y), (x + bridge, eye_y)], frame, soft=0.7, width=4)
+
+
+def synthetic_face(index: int, seed: int = 0) -> Tensor:
+    """Face number `index` of an endless, procedurally drawn set, (1, 3, 178, 178): the same for the same arguments.
+
+    Nobody's portrait: for tests, for the demo, and for a notebook that cannot reach a data set.
+    """
+    rng = np.random.default_rng([seed, index])
+    n = _DRAWN
+    x, y = n / 2 + rng.uniform(-10, 10), n / 2 + rng.uniform(-8, 8)
+    rx, ry = rng.uniform(76, 92), rng.uniform(104, 122)
+    wall, other = rng.uniform(50, 205, (2, 1)) + rng.uniform(-38, 38, (2, 3))
+    canvas = (wall + (other - wall) * (0.5 + 0.25 * _noise(rng, 3)) + _noise(rng, 14) * rng.uniform(0, 9)).astype(np.float32)
+    look = _look(rng, x, y, rx, ry) | {"jaw": rng.uniform(0.12, 0.3)}
+    _paint_bust(canvas, look, rng, x, y, rx, ry)
+    _paint_face(canvas, look, rng, x, y, rx, ry)
+    drawn = torch.from_numpy(canvas).permute(2, 0, 1)[None] / 255
+    return quantise(bicubic(drawn.clamp(0, 1), 178))
+
+
+# --- Sources: where faces come from
+
+_PORTRAITS_COMMIT = "20531e981f99cd8fd42023d3e71000582f2e04c2"
+_PORTRAITS = {  # members of the US Congress, public domain (github.com/unitedstates/images)
+    "url": f"https://github.com/Hainish/congress-images-225x275/archive/{_PORTRAITS_COMMIT}.zip",
+    "folder": f"congress-images-225x275-{_PORTRAITS_COMMIT}/images/",
+    "files": 879,
+    "bytes": 43_794_509,
+    "sha256": "38ac3a8eaf28e907f8cacf7bc36c3b6ef9f9a429ad447c275a5d7f7ee226849d",
+}
+_CELEBA = {
+    "zip": "img_align_celeba.zip",
+    "bytes": 1_443_490_838,
+    "md5": "00d2c5bc6d35e252742224ab0c1e8fcb",
+    "drive": "0B7EVK8r0v71pZjFTYXZWM3FlRnM",
+    "hugging_face": "Yuehao/celeba",
+    "kaggle": "jessicali9530/celeba-dataset",
+}
+_CELEBA_BY_HAND = """CelebA could not be fetched (Google's quota for it is often used up). By hand:
+  1. get img_align_celeba.zip (1.4 GB) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html
+  2. put it into the current folder, or into MyDrive/srgan on Google Drive
+  3. run this again, or give its path as the source"""
+_SYNTHETIC_FACES = 1_000
+
+
+@dataclass
+class Source:
+    """Faces to prepare: what they are called, and how to get one as a Pillow RGB(A) image (`read(name)`)."""
+
+    title: str
+    names: list[str]
+    read: Callable
+
+
+def _file_hash(path: Path, algorithm: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def _hidden(name: str) -> bool:
+    """Whether an archive's or a system's own litter (.DS_Store, __MACOSX, Thumbs.db)."""
+    parts = Path(name).parts
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1] == "Thumbs.db"
+
+
+def _open_folder(folder: Path, title: str) -> Source:
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(name for name in paths if not _hidden(name))
+    if not names:
+        raise ValueError(f"{folder} is empty: a source needs at least one image")
+    return Source(title, names, lambda name: _read_image(folder / name))
+
+
+def _open_zip(path: Path, title: str, inside: str = "") -> Source:
+    """Images are read straight out of the zip: nothing is unpacked, so nothing can land outside a folder."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a zip, or it is cut off ({error}): fetch it again") from None
+    names = sorted(info.filename for info in archive.infolist()
+                   if not info.is_dir() and info.filename.startswith(inside) and not _hidden(info.filename))
+    if not names:
+        raise ValueError(f"{path} holds no files: a source needs at least one image")
+    return Source(title, names, lambda name: _read_image(io.BytesIO(archive.read(name))))
+
+
+def _downloads() -> Path:
+    """Where fetched archives are kept: torch's own cache folder, which TORCH_HOME moves."""
+    folder = Path(torch.hub.get_dir()) / "srgan"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _download(url: str, target: Path, timeout: float = 10) -> None:
+    """Fetch `url` into `target`, whole or not at all. OSError if the host does not answer within `timeout` s."""
+    from urllib.request import urlopen
+
+    from tqdm import tqdm
+
+    partial = target.with_name(target.name + ".part")
+    with urlopen(url, timeout=timeout) as reply, open(partial, "wb") as file:
+        total = int(reply.headers.get("Content-Length") or 0) or None
+        with tqdm(total=total, desc=target.name, unit="B", unit_scale=True, mininterval=1) as bar:
+            while chunk := reply.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+    partial.replace(target)
+
+
+def _portraits_are_right(path: Path) -> bool:
+    """Whether the zip holds just the pinned portraits: their number, bytes and checksums (its own bytes may vary)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = [info for info in archive.infolist()
+                      if info.filename.startswith(_PORTRAITS["folder"]) and not info.is_dir()]
+            if (len(inside), sum(info.file_size for info in inside)) != (_PORTRAITS["files"], _PORTRAITS["bytes"]):
+                return False
+            lines = sorted((info.filename.rsplit("/", 1)[1], hashlib.sha256(archive.read(info)).hexdigest())
+                           for info in inside)
+    except (zipfile.BadZipFile, zlib.error, OSError):
+        return False
+    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in lines).encode()).hexdigest() == _PORTRAITS["sha256"]
+
+
+def _open_portraits() -> Source:
+    path = _downloads() / "portraits.zip"
+    if not (path.exists() and _portraits_are_right(path)):
+        try:
+            _download(_PORTRAITS["url"], path)
+        except OSError as error:
+            raise ConnectionError(f"the portraits could not be fetched ({_one_line(error)}): check the network, "
+                                  "or use the source 'synthetic' or a folder of your own") from None
+        if not _portraits_are_right(path):
+            path.unlink()
+            raise ValueError("what was fetched as portraits is not the pinned set: try again later, "
+                             "or use the source 'synthetic' or a folder of your own")
+    return _open_zip(path, "portraits", _PORTRAITS["folder"])
+
+
+def _celeba_at(place: Path) -> Source | None:
+    """CelebA as a folder or as the original zip (size and md5 checked) in `place`, or None."""
+    for folder in (place / "img_align_celeba" / "img_align_celeba", place / "img_align_celeba"):
+        if folder.is_dir() and next(folder.glob("*.jpg"), None):
+            return _open_folder(folder, "celeba")
+    path = place / _CELEBA["zip"]
+    if not path.is_file():
+        return None
+    if path.stat().st_size != _CELEBA["bytes"]:
+        print(f"{path} is not CelebA's: {path.stat().st_size:,} bytes instead of {_CELEBA['bytes']:,}; left alone")
+        return None
+    if _file_hash(path, "md5") != _CELEBA["md5"]:
+        print(f"{path} is damaged (its md5 is not CelebA's); left alone")
+        return None
+    return _open_zip(path, "celeba")
+
+
+def _fetch_celeba(mirror: str, folder: Path) -> Path:
+    """Where `mirror`'s client has put CelebA. ImportError if the client is not installed; else what it raises."""
+    if mirror == "Hugging Face":
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(_CELEBA["hugging_face"], _CELEBA["zip"], repo_type="dataset", local_dir=folder)
+    elif mirror == "Kaggle":
+        import kagglehub
+
+        return Path(kagglehub.dataset_download(_CELEBA["kaggle"]))
+    else:
+        import gdown
+
+        gdown.download(id=_CELEBA["drive"], output=str(folder / _CELEBA["zip"]), quiet=False, resume=True)
+    return folder
+
+
+def _open_celeba() -> Source:
+    """What is there already, then the mirrors, then what to do by hand (ConnectionError)."""
+    folder = _downloads()
+    for place in (Path.cwd(), Path.cwd() / "celeba", folder, Path("/content"), Path("/content/drive/MyDrive/srgan"),
+                  Path("/content/drive/MyDrive")):
+        if source := _celeba_at(place):
+            return source
+    for mirror in ("Hugging Face", "Kaggle", "Google Drive"):
+        try:
+            print(f"CelebA: trying {mirror} ...")
+            if source := _celeba_at(_fetch_celeba(mirror, folder)):
+                return source
+            print(f"CelebA: {mirror} gave something else")
+        except ImportError:
+            print(f"CelebA: no client for {mirror} installed")
+        except Exception as error:  # each client has exceptions of its own, and the next mirror may work
+            print(f"CelebA: {mirror} failed ({type(error).__name__}: {_one_line(error)[:200]})")
+    raise ConnectionError(_CELEBA_BY_HAND)
+
+
+def _open_synthetic(count: int = _SYNTHETIC_FACES) -> Source:
+    from PIL import Image
+
+    def read(name):
+        return Image.fromarray(_to_pixels(synthetic_face(int(Path(name).stem.split("-")[1])))[0])
+
+    return Source("synthetic", [f"synthetic-{index:06d}.png" for index in range(count)], read)
+
+
+def open_source(source: str | Path) -> Source:
+    """A folder, a .zip, or one of `celeba`, `portraits`, `synthetic`, ready to be prepared.
+
+    Raises FileNotFoundError, ValueError (empty, not a zip) or ConnectionError (cannot be fetched).
+    """
+    named = {"celeba": _open_celeba, "portraits": _open_portraits, "synthetic": _open_synthetic}
+    if str(source) in named:
+        return named[str(source)]()
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path, str(path))
+    if path.is_file():
+        return _open_zip(path, str(path))
+    raise FileNotFoundError(f"no such source: {source}; give a folder, a .zip, or one of celeba, portraits, synthetic")
+
+
+# --- The store: one array of centre squares on the local disk
+
+_STORE_FORMAT = 1
+_SIDE = 178          # px: CelebA's width, so that none of its pixels is resampled
+_SMALLEST = 64       # px: shorter sides below this hold no face worth learning
+_BLOCK = 1_000       # faces that share a checksum
+_SPLITS = ("train", "validation", "test", "unused")
+
+
+def split_of(names: Sequence[str]) -> np.ndarray:
+    """0 (train), 1 (validation) or 2 (test) for each name, (len(names),).
+
+    CelebA's official partition, by the number in the name, where all three of its parts are present;
+    otherwise crc32 of the base name (UTF-8) mod 100: below 85 train, below 90 validation, else test.
+    """
+    bases = [name.rsplit("/", 1)[-1] for name in names]
+    numbered = [base[:6] for base in bases if len(base) == 10 and base[:6].isdecimal() and base[6:] == ".jpg"]
+    if len(numbered) == len(bases):
+        parts = np.searchsorted([162_770, 182_637], np.array(numbered, dtype=int), side="left")
+        if set(parts.tolist()) == {0, 1, 2}:
+            return parts
+    buckets = np.array([zlib.crc32(base.encode()) % 100 for base in bases], dtype=int)
+    return np.searchsorted([84, 89], buckets, side="left")
+
+
+def _limited(names: list[str], limit: int | None) -> list[str]:
+    """`limit` training faces, limit/17 validation and 2 limit/17 test faces, spread evenly over the sorted names."""
+    if limit is None:
+        return names
+    parts, kept = split_of(names), []
+    for part, wanted in enumerate((limit, round(limit / 17), round(2 * limit / 17))):
+        members = [name for name, its in zip(names, parts) if its == part]
+        count = min(max(wanted, 1), len(members))
+        kept += [members[i * len(members) // count] for i in range(count)]
+    return sorted(kept)
+
+
+def _square(source: Source, name: str):
+    """One face as (pixels (178, 178, 3) or None, why not, whether it was enlarged)."""
+    from PIL import Image
+
+    try:
+        image = source.read(name)
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        if short < _SMALLEST:
+            raise ValueError(f"too small ({width} x {height} px; the shorter side must have {_SMALLEST})")
+        if long > 8 * short:
+            raise ValueError(f"too long and narrow for a face ({width} x {height} px)")
+    except (ValueError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        return None, _one_line(error), False
+    size = (_SIDE, round(height * _SIDE / width)) if width <= height else (round(width * _SIDE / height), _SIDE)
+    image = _on_white(image)
+    if size != image.size:
+        image = image.resize(size, Image.BICUBIC)
+    left, top = (size[0] - _SIDE) // 2, (size[1] - _SIDE) // 2
+    return np.asarray(image.crop((left, top, left + _SIDE, top + _SIDE))), "", short < _SIDE
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """Write `value` so that `path` is never half-written."""
+    _write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_json(path: Path, what: str) -> dict:
+    """ValueError in one line if `path` is damaged or not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_one_line(error)}): {what}") from None
+
+
+def _journal(path: Path, header: dict, pixels: Path) -> tuple[list[dict], int]:
+    """The blocks that an interrupted preparation has finished, and their rows; a fresh journal if it was another's."""
+    blocks = []
+    if path.exists():
+        with contextlib.suppress(ValueError):  # the last line may be half-written
+            for line in path.read_text(encoding="utf-8").splitlines():
+                blocks.append(json.loads(line))
+    rows = sum(len(block["names"]) for block in blocks[1:])
+    row_bytes = _SIDE * _SIDE * 3
+    if not blocks or blocks[0] != header or not pixels.exists() or pixels.stat().st_size < rows * row_bytes:
+        blocks, rows = [header], 0
+        pixels.write_bytes(b"")
+    path.write_text("".join(json.dumps(block) + "\n" for block in blocks), encoding="utf-8")
+    os.truncate(pixels, rows * row_bytes)
+    return blocks[1:], rows
+
+
+def _prepare_block(source: Source, names: list[str], pool, bar, file) -> dict:
+    """Decode `names`, append the good faces to `file`; what the journal keeps of it."""
+    block = {"names": [], "sha256": "", "left_out": [], "enlarged": []}
+    digest = hashlib.sha256()
+    for name, (pixels, why, enlarged) in zip(names, pool.map(lambda name: _square(source, name), names)):
+        bar.update()
+        if pixels is None:
+            block["left_out"].append([name, why])
+            continue
+        block["names"].append(name)
+        if enlarged:
+            block["enlarged"].append(name)
+        data = pixels.tobytes()
+        digest.update(data)
+        file.write(data)
+    block["sha256"] = digest.hexdigest()
+    file.flush()
+    os.fsync(file.fileno())
+    return block
+
+
+def _store_record(source: str, title: str, limit: int | None, blocks: list[dict]) -> dict:
+    """What store.json says once every block is there."""
+    names = [name for block in blocks for name in block["names"]]
+    enlarged = {name for block in blocks for name in block["enlarged"]}
+    left_out = [entry for block in blocks for entry in block["left_out"]]
+    if not names:
+        shown = "; ".join(f"{name}: {why}" for name, why in left_out[:3])
+        raise ValueError(f"{source} has no usable image ({len(left_out)} left out: {shown})")
+    # An enlarged face holds no real detail at 178 px, so it cannot be a test's ground truth
+    split = [3 if part == 2 and name in enlarged else int(part) for name, part in zip(names, split_of(names))]
+    checksums = [[len(block["names"]), block["sha256"]] for block in blocks]
+    fingerprint = hashlib.sha256(json.dumps([names, checksums, split]).encode()).hexdigest()
+    return {"format": _STORE_FORMAT, "source": source, "title": title, "limit": limit, "fingerprint": fingerprint,
+            "blocks": checksums, "enlarged": sorted(enlarged), "left_out": left_out, "names": names, "split": split}
+
+
+def prepare(source: str | Path, folder: str | Path, limit: int | None = None) -> FaceStore:
+    """Turn a source (see `open_source`) into the `FaceStore` in `folder`, decoding on all cores.
+
+    limit: take so many training faces, and validation and test faces in proportion. Interrupted, it
+    continues where it was; on a finished store of the same source it only checks every block. Raises
+    ValueError if the folder holds another source's store, or if no image is usable.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # Pillow decodes and resizes without the GIL
+
+    from tqdm import tqdm
+
+    folder, source = Path(folder), str(source)
+    if (folder / "store.json").exists():
+        store = FaceStore(folder)
+        if (store.source, store.limit) != (source, limit):
+            raise ValueError(f"{folder} already holds {store.source!r} (limit {store.limit}), not {source!r} "
+                             f"(limit {limit}): name another folder with --store, or delete this one")
+        store.verify()
+        return store
+    opened = open_source(source)
+    if opened.title == "synthetic" and limit:
+        opened = _open_synthetic(round(limit * 1.25) + 40)  # enough for each part of the split
+    names = _limited(opened.names, limit)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels, journal = folder / "faces.u8", folder / "journal.jsonl"
+    signature = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    blocks, _ = _journal(journal, {"format": _STORE_FORMAT, "source": source, "names": signature}, pixels)
+    with (ThreadPoolExecutor(os.cpu_count()) as pool, open(pixels, "ab") as file, open(journal, "a") as log,
+          tqdm(total=len(names), desc="preparing", unit="face", mininterval=0.5) as bar):
+        bar.update(len(blocks) * _BLOCK)
+        for start in range(len(blocks) * _BLOCK, len(names), _BLOCK):
+            blocks.append(_prepare_block(opened, names[start:start + _BLOCK], pool, bar, file))
+            log.write(json.dumps(blocks[-1]) + "\n")
+            log.flush()
+    _write_json(folder / "store.json", _store_record(source, opened.title, limit, blocks))
+    journal.unlink()
+    return FaceStore(folder)
+
+
+class FaceStore:
+    """Prepared faces: a memory-mapped array of 178-px squares with names, split and fingerprint.
+
+    Attributes: `source`, `limit`, `title`, `names`, `split` (codes of `_SPLITS`, (len,)), `fingerprint`,
+    `left_out` (pairs of name and reason), `enlarged` (names). A block of faces is checked against its
+    checksum when it is first used. Raises FileNotFoundError or ValueError if the folder is no store,
+    one of a newer format, or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "store.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
+        record = _read_json(path, "delete the folder and prepare it again")
+        if record.get("format", 0) > _STORE_FORMAT:
+            raise ValueError(f"{self.folder} was written by a newer version (format {record['format']}, this one reads "
+                             f"up to {_STORE_FORMAT}): update the project")
+        try:
+            self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
+            self.names, self.fingerprint = record["names"], record["fingerprint"]
+            self.left_out, self.enlarged = record["left_out"], record["enlarged"]
+            self.split = np.array(record["split"], dtype=np.uint8)
+            self._sums = record["blocks"]
+            expected = hashlib.sha256(json.dumps([self.names, self._sums, record["split"]]).encode()).hexdigest()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({_one_line(error)}): prepare it again") from None
+        size = (self.folder / "faces.u8").stat().st_size
+        if expected != self.fingerprint or size != len(self.names) * _SIDE * _SIDE * 3:
+            raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
+        self._ends = np.cumsum([rows for rows, _ in self._sums])
+        self._unchecked = set(range(len(self._sums)))
+        self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self.names), _SIDE, _SIDE, 3))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _check(self, block: int) -> None:
+        rows, expected = self._sums[block]
+        end = int(self._ends[block])
+        if hashlib.sha256(self._pixels[end - rows:end]).hexdigest() != expected:
+            raise ValueError(f"{self.folder}: faces {end - rows} to {end - 1} are damaged on disk: "
+                             "delete the folder and prepare it again")
+        self._unchecked.discard(block)
+
+    def verify(self) -> None:
+        """Check every block against its checksum; ValueError names the first that is damaged."""
+        for block in range(len(self._sums)):
+            self._check(block)
+
+    def indices(self, split: str) -> np.ndarray:
+        """Positions of the faces of `train`, `validation`, `test` or `all` of these. ValueError if there are none."""
+        chosen = self.split < 3 if split == "all" else self.split == _SPLITS.index(split)
+        if not chosen.any():
+            raise ValueError(f"{self.folder} has no {split} faces ({self.describe()}): prepare more faces"
+                             + (", or use --split all" if split == "test" else ""))
+        return np.flatnonzero(chosen)
+
+    def faces(self, indices: Sequence[int]) -> Tensor:
+        """The faces at `indices` as uint8 (N, 3, 178, 178), channels last in memory."""
+        indices = np.asarray(indices)
+        if self._unchecked:
+            for block in set(np.searchsorted(self._ends, indices, side="right").tolist()) & self._unchecked:
+                self._check(block)
+        return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2)
+
+    def describe(self) -> str:
+        """`515 train, 25 validation, 64 test faces; 1 left out` and the like."""
+        counts = np.bincount(self.split, minlength=4)
+        text = ", ".join(f"{count} {name}" for name, count in zip(_SPLITS[:3], counts)) + " faces"
+        text += f"; {len(self.left_out)} left out" if self.left_out else ""
+        return text + (f"; {len(self.enlarged)} enlarged, kept out of test" if self.enlarged else "")
+
+
+# --- Batches: a function of (seed, update), so that a resumed run sees what an uninterrupted one would
+
+
+def make_pair(faces: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """(lr, hr) of stored faces, uint8 (N, 3, 178, 178): (N, 3, s, s) and (N, 3, S, S), S = hr_size = s * scale.
+
+    HR is the centre `crop` resized to `hr_size`, LR is HR reduced; both at 8-bit levels, as files would be.
+    """
+    start = (_SIDE - config.crop) // 2
+    cropped = faces[..., start:start + config.crop, start:start + config.crop].float().div(255)
+    hr = quantise(bicubic(cropped, config.hr_size))
+    return quantise(bicubic(hr, config.hr_size // config.scale)), hr
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return torch.randperm(count, generator=seeded(seed, 0, epoch)).numpy()
+
+
+def batch_indices(config: Config, update: int, count: int) -> np.ndarray:
+    """Which of `count` faces make up update number `update` (from 0): (batch_size,); each epoch visits each face once."""
+    positions = np.arange(update * config.batch_size, (update + 1) * config.batch_size)
+    return np.array([_epoch_order(config.seed, int(p) // count, count)[int(p) % count] for p in positions])
+
+
+def batch(store: FaceStore, config: Config, update: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(lr, hr) training patches of update number `update`: (B, 3, p/scale, p/scale) and (B, 3, p, p), p = config.patch."""
+    members = store.indices("train")
+    faces = store.faces(members[batch_indices(config, update, len(members))]).to(device)
+    random = seeded(config.seed, 1, update)
+    mirrored = torch.rand(len(faces), generator=random) < 0.5
+    if config.flip:
+        faces = torch.where(mirrored.to(device).view(-1, 1, 1, 1), faces.flip(-1), faces)
+    lr, hr = make_pair(faces, config)
+    small = config.patch // config.scale
+    corners = torch.randint(lr.shape[-1] - small + 1, (len(lr), 2), generator=random).tolist()
+    scale, patch = config.scale, config.patch
+    lr = torch.stack([image[:, y:y + small, x:x + small] for image, (y, x) in zip(lr, corners)])
+    hr = torch.stack([image[:, y * scale:y * scale + patch, x * scale:x * scale + patch]
+                      for image, (y, x) in zip(hr, corners)])
+    return lr, hr
+
+
+# -----------------------------------------------------------------------------
+# 5. Models: generator, discriminator, VGG19 features (§2.1, Fig. 4)
+# -----------------------------------------------------------------------------
+
+
+def _norm(channels: int, momentum: float) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels, momentum=momentum)] if momentum else []
+
+
+class ResidualBlock(nn.Module):
+    """conv, (BatchNorm), PReLU, conv, (BatchNorm), + input. No activation after the sum, so the path stays linear."""
+
+    def __init__(self, channels: int, batch_norm: float = 0.0):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), *_norm(channels, batch_norm), nn.PReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1), *_norm(channels, batch_norm),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)  # (N, C, h, w), unchanged
+
+
+@torch.no_grad()
+def icnr_(conv: nn.Conv2d, factor: int = 2) -> None:
+    """Give the `factor`^2 filters behind each output pixel one common value (Aitken et al. 2017, arXiv:1707.02937).
+
+    Pixel shuffle then starts as a nearest-neighbour enlargement: free of checkerboard from the first update.
+    """
+    for values in (conv.weight, conv.bias):
+        values.copy_(values[::factor ** 2].repeat_interleave(factor ** 2, dim=0))
+
+
+class UpsampleBlock(nn.Module):
+    """Twice the size: conv to four times the channels, pixel shuffle, PReLU."""
+
+    def __init__(self, channels: int, icnr: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(2)
+        self.activation = nn.PReLU()
+        if icnr:
+            icnr_(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.shuffle(self.conv(x)))  # (N, C, h, w) -> (N, C, 2h, 2w)
+
+
+class Generator(nn.Module):
+    """lr (N, 3, h, w) -> sr (N, 3, scale h, scale w), both in [0, 1]; fully convolutional (Fig. 4).
+
+    sr is not clamped: a clamp would stop the gradients outside [0, 1].
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        channels, kernel = config.channels, config.kernel_size
+        self.scale, self.stages, self.output, self.skip = config.scale, config.stages, config.output, config.skip
+        self.head = nn.Sequential(nn.Conv2d(3, channels, kernel, padding=kernel // 2), nn.PReLU())
+        self.blocks = nn.Sequential(*(ResidualBlock(channels, config.batch_norm) for _ in range(config.residual_blocks)))
+        self.merge = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), *_norm(channels, config.batch_norm))
+        own = 1 if config.shared_upsampling else config.stages
+        self.upsample = nn.ModuleList(UpsampleBlock(channels, config.icnr) for _ in range(own))
+        self.tail = nn.Conv2d(channels, 3, kernel, padding=kernel // 2)
+
+    def forward(self, lr: Tensor) -> Tensor:
+        shallow = self.head(to_imagenet(lr))                  # (N, C, h, w)
+        x = shallow + self.merge(self.blocks(shallow))        # the blocks learn only what the head misses
+        for stage in range(self.stages):
+            x = self.upsample[stage % len(self.upsample)](x)  # (N, C, 2h, 2w) each time
+        x = self.tail(x)                                      # (N, 3, scale h, scale w)
+        if self.output == "report":
+            return from_imagenet(2.38 * torch.tanh(x.float()) + 0.26)  # spans ImageNet-normalised white and black
+        x = (torch.tanh(x) + 1) / 2 if self.output == "tanh" else x
+        if self.skip:
+            x = x + bicubic(lr, (lr.shape[-2] * self.scale, lr.shape[-1] * self.scale))
+        return x.float()
+
+
+# Fig. 4: (channels, stride) of the discriminator's eight 3x3 convolutions
+_DENSE_LAYERS = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1), (256, 2), (512, 1), (512, 2))
+# (channels, kernel, stride): a kernel that its stride divides gives every pixel the same gradient, so that no
+# grid comes in through the backward pass (Sugawara et al. 2019)
+_POOLED_LAYERS = ((32, 3, 1), (64, 4, 2), (128, 4, 2), (256, 4, 2), (256, 3, 1))
+
+
+class Discriminator(nn.Module):
+    """images (N, 3, H, W) in [0, 1] -> scores (N, 1), higher for images it takes for real; no sigmoid.
+
+    `dense` is the network of Fig. 4 and takes patches of `config.patch` px only; `pooled` takes any size.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.discriminator == "dense":
+            self.layers = self._dense_layers(0.8 if config.preset_name == "report" else 0.1)
+            inputs = 512 * (config.patch // 16) ** 2
+            self.head = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 1024), nn.LeakyReLU(0.2), nn.Linear(1024, 1))
+        else:
+            self.layers = self._pooled_layers()
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(_POOLED_LAYERS[-1][0], 1))
+
+    @staticmethod
+    def _dense_layers(momentum: float) -> nn.ModuleList:
+        layers, before = nn.ModuleList(), 3
+        for number, (channels, stride) in enumerate(_DENSE_LAYERS, start=1):
+            conv = nn.Conv2d(before, channels, 3, stride, padding=1)
+            # the report left the seventh at torch's default
+            norm = _norm(channels, 0.1 if number == 7 else momentum) if number > 1 else []
+            layers.append(nn.Sequential(conv, *norm, nn.LeakyReLU(0.2)))
+            before = channels
+        return layers
+
+    @staticmethod
+    def _pooled_layers() -> nn.ModuleList:
+        layers, before = nn.ModuleList(), 3
+        for channels, kernel, stride in _POOLED_LAYERS:
+            conv = nn.Conv2d(before, channels, kernel, stride, padding=1)
+            # bounded slopes keep the generator's gradients useful without BatchNorm (arXiv:1802.05957)
+            layers.append(nn.Sequential(nn.utils.parametrizations.spectral_norm(conv), nn.LeakyReLU(0.2)))
+            before = channels
+        return layers
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each convolution sees in (N, 3, H, W), finest first; the last is what `score` takes."""
+        x, seen = to_imagenet(images), []
+        for layer in self.layers:
+            x = layer(x)
+            seen.append(x)
+        return seen
+
+    def score(self, features: list[Tensor]) -> Tensor:
+        return self.head(features[-1]).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.score(self.features(images))
+
+
+def _vgg19_state(weights: str) -> dict[str, Tensor]:
+    """VGG19's `features` weights from a file written by torch.save or safetensors. ValueError if it holds others."""
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"vgg={weights}: no such file; give imagenet, random, or a file of VGG19 weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier")}
+    except Exception as error:  # unpickling and parsing raise many kinds
+        raise ValueError(f"vgg={weights} is not a file of VGG19 weights ({_one_line(error)[:100]})") from None
+
+
+class VGGFeatures(nn.Module):
+    """The first `config.vgg_layers` layers of VGG19, divided by `config.vgg_rescale`: images in [0, 1] -> feature maps.
+
+    Frozen and in eval mode, but differentiable in its input (§2.2.1, Eq. 5). ConnectionError if ImageNet's
+    weights (550 MB, by torchvision) cannot be fetched.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        from torchvision.models import VGG19_Weights, vgg19
+
+        if config.vgg == "imagenet":
+            try:
+                network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1).features
+            except (OSError, RuntimeError) as error:
+                raise ConnectionError(f"VGG19's ImageNet weights could not be fetched ({_one_line(error)}): use --set "
+                                      "vgg=FILE, --set vgg=random or --set content=pixel") from None
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(19)  # the same random features in every run
+                network = vgg19(weights=None).features
+            if config.vgg != "random":
+                try:
+                    network.load_state_dict(_vgg19_state(config.vgg))
+                except RuntimeError:
+                    raise ValueError(f"vgg={config.vgg} does not hold VGG19's layers") from None
+        self.network = network[:config.vgg_layers].requires_grad_(False).eval()
+        self.rescale = config.vgg_rescale
+
+    def train(self, mode: bool = True) -> VGGFeatures:
+        return super().train(False)  # stays in eval mode, whoever asks
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(to_imagenet(images)).float() / self.rescale
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers of `model` training may change."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def receptive_radius(config: Config) -> int:
+    """LR px on each side that a pixel of SR depends on, rounded up: the overlap that tiles need."""
+    edge = config.kernel_size // 2
+    stages = sum(1 / 2 ** stage for stage in range(config.stages))
+    return math.ceil(edge + 2 * config.residual_blocks + 1 + stages + edge / config.scale) + 2  # 2: the bicubic skip
+
+
+# -----------------------------------------------------------------------------
+# 6. Losses: what each network is asked to want (§2.2), all in fp32
+# -----------------------------------------------------------------------------
+
+
+def pixel_loss(sr: Tensor, hr: Tensor, distance: str = "l1") -> Tensor:
+    """Mean absolute (`l1`) or squared (`mse`, Eq. 4) difference, a scalar; of images or of features."""
+    return (F.l1_loss if distance == "l1" else F.mse_loss)(sr.float(), hr.float())
+
+
+def feature_loss(sr: Sequence[Tensor], hr: Sequence[Tensor], distance: str = "l1") -> Tensor:
+    """The mean of `pixel_loss` over pairs of feature maps (feature matching, arXiv:1606.03498)."""
+    return torch.stack([pixel_loss(a, b, distance) for a, b in zip(sr, hr)]).mean()
+
+
+def _target(scores: Tensor, value: float, kind: str) -> Tensor:
+    """How far `scores` are from being called `value` (1 real, 0 generated)."""
+    wanted = torch.full_like(scores, value)
+    if kind == "least_squares":
+        return 0.5 * F.mse_loss(scores, wanted)
+    return F.binary_cross_entropy_with_logits(scores, wanted)
+
+
+def adversarial_loss(fake: Tensor, real: Tensor | None, kind: str) -> Tensor:
+    """What the generator wants of the discriminator's scores (N, 1): that its images are called real (Eq. 6).
+
+    kind: least_squares, 1/2 (D(sr) - 1)^2; bce; or relativistic (more real than the real ones, which needs `real`).
+    """
+    if kind == "relativistic":
+        return 0.5 * (_target(fake - real.mean(), 1, "bce") + _target(real - fake.mean(), 0, "bce"))
+    return _target(fake, 1, kind)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
+    """What the discriminator wants of its scores (N, 1): real ones called 1, generated ones 0 (Eq. 2)."""
+    if kind == "relativistic":
+        return 0.5 * (_target(real - fake.mean(), 1, "bce") + _target(fake - real.mean(), 0, "bce"))
+    return _target(real, 1, kind) + _target(fake, 0, kind)
+
+
+# -----------------------------------------------------------------------------
+# 7. Metrics: one number per image; the mean comes last
+# -----------------------------------------------------------------------------
+
+
+def psnr(sr: Tensor, hr: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, peak 1, (N,); identical images give inf.
+
+    sr, hr: (N, C, H, W) in [0, 1]; give `luma(...)` for Y.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    return peak_signal_noise_ratio(sr, hr, data_range=1.0, reduction="none", dim=(1, 2, 3))
+
+
+def ssim(sr: Tensor, hr: Tensor) -> Tensor:
+    """Structural similarity of each image, 1 for identical ones, (N,): Gaussian window of 11 px, sigma 1.5."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none").reshape(-1)
+
+
+def lpips(sr: Tensor, hr: Tensor) -> Tensor:
+    """Learned perceptual distance of each image (AlexNet), 0 for identical ones, (N,). Downloads its network.
+
+    Raises ConnectionError if that fails.
+    """
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
+
+    try:
+        return torch.stack([distance(a[None].clamp(0, 1), b[None].clamp(0, 1), net_type="alex", normalize=True)
+                            for a, b in zip(sr, hr)])
+    except OSError as error:
+        raise ConnectionError(f"LPIPS could not fetch its network ({_one_line(error)}): leave --lpips out") from None
+
+
+def _gradient_energy(images: Tensor) -> Tensor:
+    across, down = images.diff(dim=-1), images.diff(dim=-2)
+    return across.square().mean((1, 2, 3)) + down.square().mean((1, 2, 3))
+
+
+def sharpness(sr: Tensor, hr: Tensor) -> Tensor:
+    """Gradient energy of SR over that of HR for each image, (N,): below 1 blurrier, above 1 noisier."""
+    return _gradient_energy(sr) / _gradient_energy(hr).clamp_min(1e-12)
+
+
+def checkerboard_index(images: Tensor) -> Tensor:
+    """How much a pattern of period 2, 4 or 8 px stands out of each image's own texture, (N,); natural images give about 0.9.
+
+    The power spectrum (Hann window) just at the 63 frequencies whose period divides 8 px, each over the mean
+    of its nearest neighbours in its row or its column, whichever is larger; the index is the root of the
+    mean of these ratios. A pattern repeated across the image adds up at exactly these frequencies and
+    nowhere else; interpolation, which modulates whatever the image holds, leaves them empty. Linear in the
+    amplitude of a pattern, once that stands out. NaN for images below 32 px.
+    """
+    side = min(images.shape[-2:]) // 8 * 8
+    if side < 32:
+        return images.new_full((len(images),), math.nan)
+    window = torch.hann_window(side, device=images.device)
+    centred = images[..., :side, :side] - images[..., :side, :side].mean((-2, -1), keepdim=True)
+    power = torch.fft.fft2(centred * window * window[:, None]).abs().square().mean(1)  # (N, side, side)
+    v, u = (k.flatten()[1:] * (side // 8) for k in torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"))
+    # the window spreads a pure frequency over one bin on each side, so neighbours begin at the second
+    offsets = [sign * step for step in range(2, min(6, max(3, side // 16 + 1))) for sign in (-1, 1)]
+    row = torch.stack([power[:, v, (u + offset) % side] for offset in offsets]).mean(0)
+    column = torch.stack([power[:, (v + offset) % side, u] for offset in offsets]).mean(0)
+    # the floor is the power of 8-bit rounding: below it there is no texture to stand out of
+    floor = (window.square().sum() ** 2 / (12 * 255 ** 2)).clamp_min(1e-20)
+    return (power[:, v, u] / torch.maximum(row, column).clamp_min(floor)).mean(1).sqrt()  # (N,)
+
+
+@torch.no_grad()
+def flat_field(generator: Generator, colours: Tensor, side: int = 32) -> Tensor:
+    """Standard deviation, in levels of 255, of the interior of what each flat colour (N, 3) is enlarged to, (N,).
+
+    0 for a generator without a checkerboard (the unit step response of its up-sampling is constant).
+    """
+    sr = generator(colours.view(-1, 3, 1, 1).expand(-1, 3, side, side))
+    edge = sr.shape[-1] // 4
+    return sr[..., edge:-edge, edge:-edge].mul(255).std((-2, -1)).amax(1)
+
+
+# -----------------------------------------------------------------------------
+# 8. Checkpoints: save, verify, find again, back up; export and load generators
+# -----------------------------------------------------------------------------
+
+_FORMAT = 1
+_SLOTS = ("slot_a.pt", "slot_b.pt")
+_SEAL = b"sha256:"
+
+
+def _pack(state: dict) -> bytes:
+    """`state` as torch.save writes it, with the SHA-256 of all that as the comment that a zip file may end in."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    comment_bytes = (len(_SEAL) + 64).to_bytes(2, "little")
+    body = buffer.getvalue()[:-2] + comment_bytes + _SEAL
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def _unpack(data: bytes, name: object) -> dict:
+    """The inverse of `_pack`. ValueError if a byte is damaged, the format newer, or more than plain data in it."""
+    body = memoryview(data)[:-64]
+    if bytes(body[-len(_SEAL):]) != _SEAL or hashlib.sha256(body).hexdigest().encode() != data[-64:]:
+        raise ValueError(f"{name} is damaged or cut off (its checksum does not fit)")
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if state.get("format", 0) > _FORMAT:
+        raise ValueError(f"{name} was written by a newer version: update the project")
+    return state
+
+
+def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> bytes:
+    """Write `state` (plain data with an `update`) into `folder`, never half-written; keep the newest `keep`.
+
+    Returns the file's bytes, for a backup.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = _pack({"format": _FORMAT} | state)
+    _write_atomically(folder / f"update-{state['update']:08d}.pt", data)
+    for old in sorted(folder.glob("update-*.pt"))[:-keep]:
+        old.unlink()
+    return data
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The plain data of one checkpoint. ValueError if it does not verify; code in it is never run."""
+    return _unpack(Path(path).read_bytes(), path)
+
+
+def _newest_of(paths: Sequence[Path], damaged: list[str]) -> dict | None:
+    """The first of `paths` that verifies; what does not is named in `damaged`."""
+    for path in paths:
+        try:
+            return load_checkpoint(path)
+        except (ValueError, OSError) as error:
+            damaged.append(f"{path.name} ({_one_line(error)})")
+    return None
+
+
+def newest_checkpoint(folder: str | Path, backup: str | Path | None = None) -> dict | None:
+    """The newest checkpoint that verifies, of those in `folder` and in the slots of `backup`; None if there is none at all.
+
+    A damaged one that is passed over is named. ValueError if there are some but none verifies.
+    """
+    damaged: list[str] = []
+    state = _newest_of(sorted(Path(folder).glob("update-*.pt"), reverse=True), damaged)
+    backup = Path(backup) if backup else None
+    if backup and _backup_update(backup) >= (state["update"] if state else 0):
+        slots = [found for slot in _SLOTS if (backup / slot).exists() and (found := _newest_of([backup / slot], damaged))]
+        state = max([state, *slots] if state else slots, key=lambda each: each["update"], default=None)
+    if damaged and state is None:
+        raise ValueError(f"no checkpoint in {folder} verifies: {'; '.join(damaged)}; start a new run in another folder")
+    for text in damaged:
+        print(f"WARNING: passed over a damaged checkpoint: {text}", file=sys.stderr)
+    return state
+
+
+def _backup_update(backup: Path) -> float:
+    """The update that the newest slot of `backup` holds by its manifest; inf if only the slots can tell, -1 without any."""
+    try:
+        return float(_read_json(backup / "manifest.json", "")["update"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf if any((backup / slot).exists() for slot in _SLOTS) else -1
+
+
+def _check_mounted(folder: Path) -> None:
+    """OSError if `folder` lies below Colab's mount point while Drive is not mounted there."""
+    mount = Path("/content/drive")
+    if mount in [folder, *folder.parents] and not os.path.ismount(mount):
+        raise OSError(f"{folder} is on Google Drive, which is not mounted: mount it first")
+
+
+class Backup:
+    """Copies of a run in a second folder (on Drive, say), made by a thread of its own: training never waits.
+
+    Two slots are overwritten in turn, without deleting or renaming (Drive keeps what is deleted, and counts
+    it), and a manifest is written last. If the folder fails, the copy is tried again with the next state.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        _check_mounted(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.status = "no backup yet"
+        self._waiting: tuple | None = None
+        self._wake, self._closing, self._warned = threading.Condition(), False, False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def submit(self, data: bytes, update: int, files: Sequence[Path]) -> None:
+        """Have a checkpoint's bytes and small `files` copied; one still waiting is replaced."""
+        with self._wake:
+            self._waiting = (data, update, list(files))
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Finish the copy under way and the one waiting; call it once, at the end."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        delay, retry = 1.0, None
+        while True:
+            with self._wake:
+                if not self._waiting and not self._closing:
+                    self._wake.wait(delay if retry else None)
+                job, self._waiting = self._waiting or retry, None
+                if job is None:
+                    if self._closing:
+                        return
+                    continue
+            try:
+                self._copy(*job)
+                delay, retry, self._warned = 1.0, None, False
+                self.status = f"update {job[1]} at {time.strftime('%H:%M:%S')}"
+            except OSError as error:
+                self._warn(error)
+                if self._closing and delay > 30:
+                    return
+                delay, retry = min(delay * 2, 60), job
+                if self._closing:
+                    time.sleep(delay)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            print(f"WARNING: the backup in {self.folder} fails ({_one_line(error)}); training goes on and it is tried again; "
+                  f"last good backup: {self.status}", file=sys.stderr)
+        self._warned = True
+
+    def _copy(self, data: bytes, update: int, files: Sequence[Path]) -> None:
+        _check_mounted(self.folder)
+        manifest = self.folder / "manifest.json"
+        last = _read_json(manifest, "")["slot"] if manifest.exists() and manifest.stat().st_size else _SLOTS[1]
+        slot = self.folder / _SLOTS[1 - _SLOTS.index(last)]
+        slot.write_bytes(data)
+        if slot.read_bytes() != data:
+            raise OSError(f"{slot} does not read back as written")
+        for path in files:
+            if path.exists():
+                shutil.copyfile(path, self.folder / path.name)
+        record = {"slot": slot.name, "update": update, "bytes": len(data), "saved": time.strftime("%Y-%m-%d %H:%M:%S")}
+        manifest.write_text(json.dumps(record))
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy() if tensors[name].dim() else
+                      tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def export_generator(path: str | Path, generator: Generator, config: Config, **about) -> None:
+    """Write a generator as safetensors, with its config and whatever `about` says (data, metrics, ...) in the header."""
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}
+    header = json.dumps({"format": _FORMAT, "config": asdict(config)} | about)
+    data = save(tensors, metadata={"srgan": header, "sha256": _digest(tensors, header)})
+    _write_atomically(Path(path), data)
+
+
+def load_generator(path: str | Path, scale: int | None = None) -> tuple[Generator, Config, dict]:
+    """The generator in `path`, in eval mode on the CPU, its config, and what its header says about it.
+
+    Raises FileNotFoundError, or ValueError if it is damaged, not ours, newer, or not of the `scale` asked for.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such weights file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        about = json.loads(metadata["srgan"])
+        if metadata["sha256"] != _digest(tensors, metadata["srgan"]):
+            raise ValueError("its checksum does not fit")
+    except KeyError:
+        raise ValueError(f"{path} is safetensors, but not a generator of this project") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from None
+    if about["format"] > _FORMAT:
+        raise ValueError(f"{path} was written by a newer version: update the project")
+    config = Config.from_dict(about["config"])
+    if scale not in (None, config.scale):
+        raise ValueError(f"{path} is a network for {config.scale}x, not {scale}x: use --scale {config.scale} or other weights")
+    generator = Generator(config)
+    generator.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in tensors.items()})
+    return generator.eval(), config, about
+
+
+# -----------------------------------------------------------------------------
+# 9. Inference: any photo, tile by tile
+# -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def upscale(image: Tensor, generator: Generator, config: Config, tile: int | None = None, progress: bool = False) -> Tensor:
+    """`image` (1, 3, h, w) enlarged: (1, 3, scale h, scale w) in [0, 1] at 8-bit levels, on the CPU.
+
+    Works in tiles of `tile` LR px (default: 1024 px of output) that overlap by the network's receptive field:
+    memory stays bounded and no seam shows, since every pixel sees all that it would in one piece.
+    """
+    from tqdm import tqdm
+
+    scale, margin = config.scale, receptive_radius(config)
+    device = next(generator.parameters()).device
+    tile = tile or max(16, 1024 // scale)
+    height, width = image.shape[-2:]
+    out = torch.empty(1, 3, height * scale, width * scale)
+    corners = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
+    for y, x in tqdm(corners, desc="enlarging", unit="tile", mininterval=1, disable=not progress or len(corners) < 4):
+        top, left = max(0, y - margin), max(0, x - margin)
+        bottom, right = min(height, y + tile), min(width, x + tile)
+        part = image[..., top:bottom + margin, left:right + margin].to(device)
+        sr = quantise(generator(part)).cpu()[..., (y - top) * scale:(bottom - top) * scale, (x - left) * scale:(right - left) * scale]
+        out[..., y * scale:bottom * scale, x * scale:right * scale] = sr
+    return out
+
+
+# -----------------------------------------------------------------------------
+# 10. Evaluation: one row per image, bicubic and HR beside it
+# -----------------------------------------------------------------------------
+
+_METRICS = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y", "sharpness", "checkerboard")
+
+
+def _scores(images: Tensor, hr: Tensor, with_lpips: bool) -> dict[str, list[float]]:
+    y, hr_y = luma(images), luma(hr)
+    scores = {"psnr_rgb": psnr(images, hr), "ssim_rgb": ssim(images, hr), "psnr_y": psnr(y, hr_y), "ssim_y": ssim(y, hr_y),
+              "sharpness": sharpness(images, hr), "checkerboard": checkerboard_index(images)}
+    if with_lpips:
+        scores["lpips"] = lpips(images, hr)
+    return {name: values.tolist() for name, values in scores.items()}
+
+
+@torch.no_grad()
+def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Sequence[int], with_lpips: bool = False) -> list[dict]:
+    """One row per face: its name, and `bicubic_*`, `srgan_*` for PSNR (dB) and SSIM in RGB and Y, sharpness and
+    checkerboard index; `hr_checkerboard` beside them. `config` says the view (crop, hr_size).
+
+    Images are rounded to 8 bits and lose a border of `scale` px. ValueError if too little is left to measure.
+    """
+    from tqdm import tqdm
+
+    if config.hr_size - 2 * config.scale < 11:
+        raise ValueError(f"hr_size={config.hr_size} is too small to measure at {config.scale}x: 11 px must be left inside the border")
+    device, edge, rows = next(generator.parameters()).device, slice(config.scale, -config.scale), []
+    chunks = [indices[start:start + 8] for start in range(0, len(indices), 8)]
+    for chunk in tqdm(chunks, desc="measuring", unit="batch", mininterval=1, disable=len(chunks) < 8):
+        lr, hr = make_pair(store.faces(chunk).to(device), config)
+        ours = quantise(generator(lr))[..., edge, edge].float()
+        plain, hr = quantise(bicubic(lr, config.hr_size))[..., edge, edge], hr[..., edge, edge]
+        scores = {"bicubic": _scores(plain, hr, with_lpips), "srgan": _scores(ours, hr, with_lpips),
+                  "hr": {"checkerboard": checkerboard_index(hr).tolist()}}
+        for i, index in enumerate(chunk):
+            rows.append({"name": store.names[index]} | {f"{method}_{metric}": values[i] for method, by_metric in scores.items()
+                                                        for metric, values in by_metric.items()})
+    return rows
+
+
+def summarise(rows: Sequence[dict], config: Config, split: str) -> dict:
+    """What metrics.json holds: means over images of per-image values, for bicubic, srgan and hr; null where not finite."""
+    def mean(key):
+        value = float(np.mean([row[key] for row in rows]))
+        return round(value, 5) if math.isfinite(value) else None
+
+    summary = {"scale": config.scale, "split": split, "images": len(rows), "crop": config.crop, "hr_size": config.hr_size}
+    for method in ("bicubic", "srgan"):
+        prefix = f"{method}_"
+        summary[method] = {key.removeprefix(prefix): mean(key) for key in rows[0] if key.startswith(prefix)}
+    return summary | {"hr": {"sharpness": 1, "checkerboard": mean("hr_checkerboard")}}
+
+
+def results_table(summary: dict) -> str:
+    """A summary as a table for people."""
+    lines = [f"{summary['images']} {summary['split']} faces at {summary['scale']}x, {summary['crop']} -> {summary['hr_size']} px",
+             f"{'':10}{'PSNR rgb':>10}{'SSIM rgb':>10}{'PSNR y':>10}{'SSIM y':>10}{'sharpness':>11}{'checkerboard':>14}"]
+    for method in ("bicubic", "srgan", "hr"):
+        cells = [summary[method].get(metric) for metric in _METRICS]
+        texts = ["" if cell is None else f"{cell:.2f}" if "psnr" in metric else f"{cell:.3f}" for metric, cell in zip(_METRICS, cells)]
+        lines.append(f"{method:10}" + "".join(f"{text:>{width}}" for text, width in zip(texts, (10, 10, 10, 10, 11, 14))))
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# 11. Figures: four panels, sample strips, loss curves
+# -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def comparison_figure(generator: Generator, config: Config, faces: Tensor, label: str = "SRGAN"):
+    """LR (nearest), bicubic, SRGAN and HR of stored faces, uint8 (N, 3, 178, 178), as a matplotlib Figure.
+
+    All panels share one range of colours, [0, 1]; PSNR and SSIM (RGB, border of `scale` px removed) stand below.
+    """
+    from matplotlib.figure import Figure
+
+    device, edge = next(generator.parameters()).device, slice(config.scale, -config.scale)
+    lr, hr = make_pair(faces.to(device), config)
+    plain, ours = quantise(bicubic(lr, config.hr_size)), quantise(generator(lr))
+    titles = (f"LR, {lr.shape[-1]} px", "bicubic", f"{label} {config.scale}x", f"HR, {config.hr_size} px")
+    figure = Figure(figsize=(12, 3.25 * len(faces)), layout="constrained")
+    axes = figure.subplots(len(faces), 4, squeeze=False)
+    for column, (title, images) in enumerate(zip(titles, (lr, plain, ours, hr))):
+        scores = None
+        if column in (1, 2):
+            scores = zip(psnr(images[..., edge, edge], hr[..., edge, edge]), ssim(images[..., edge, edge], hr[..., edge, edge]))
+        for row, image in enumerate(_to_pixels(images)):
+            ax = axes[row, column]
+            ax.imshow(image, interpolation="nearest", vmin=0, vmax=255)
+            ax.set(xticks=[], yticks=[], title=title if row == 0 else "")
+            ax.set_xlabel("{:.2f} dB, SSIM {:.3f}".format(*next(scores)) if scores else " ")
+    return figure
+
+
+@torch.no_grad()
+def image_strip(generator: Generator, config: Config, faces: Tensor) -> Tensor:
+    """LR (nearest), bicubic, SR and HR side by side, one stored face below the other: (1, 3, N S, 4 S), S = hr_size."""
+    device = next(generator.parameters()).device
+    lr, hr = make_pair(faces.to(device), config)
+    enlarged = F.interpolate(lr, size=hr.shape[-2:], mode="nearest")
+    columns = torch.cat([enlarged, bicubic(lr, config.hr_size), generator(lr).clamp(0, 1), hr], dim=3)  # (N, 3, S, 4 S)
+    return torch.cat(list(columns), dim=1)[None].cpu()
+
+
+def history_figure(path: str | Path):
+    """The losses of a run's history.csv, a matplotlib Figure: one panel for the generator, one for the discriminator."""
+    from matplotlib.figure import Figure
+
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for ax, names in zip(figure.subplots(1, 2), (("pixel", "content", "adversarial"), ("d_loss", "d_real", "d_fake"))):
+        for name in names:
+            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+            if points:
+                steps, values = zip(*points)
+                width = max(1, len(values) // 200)  # a running mean, or noise hides the trend
+                smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+                ax.plot(steps[width - 1:], smooth, label=name)
+        ax.set_xlabel("update")
+        if ax.lines:
+            ax.legend()
+    return figure
+
+
+# -----------------------------------------------------------------------------
+# 12. Training: the step functions and `train`
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """The networks and optimisers of a run, and how many updates they have seen."""
+
+    config: Config
+    device: torch.device
+    generator: Generator
+    discriminator: Discriminator
+    ema: Generator | None
+    vgg: VGGFeatures | None
+    g_optimizer: torch.optim.Optimizer
+    d_optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    update: int = 0
+
+    @classmethod
+    def create(cls, config: Config, device: torch.device) -> TrainState:
+        """Fresh networks, a function of `config.seed`; `config.precision` must be resolved."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            networks = [Generator(config), Discriminator(config), Generator(config)]
+        generator, discriminator, ema = (net.to(device, memory_format=torch.channels_last) for net in networks)
+        ema.load_state_dict(generator.state_dict())
+        needs_vgg = config.content == "vgg" and config.steps != 0
+        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        return cls(config, device, generator, discriminator, ema.requires_grad_(False).eval() if config.ema else None,
+                   VGGFeatures(config).to(device, memory_format=torch.channels_last) if needs_vgg else None,
+                   _adam(generator, config), _adam(discriminator, config), scaler)
+
+    @property
+    def best(self) -> Generator:
+        """The generator to use: its moving average where the run keeps one."""
+        return self.ema or self.generator
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def parts(self) -> dict:
+        """Whatever has a state_dict, by name."""
+        named = {name: getattr(self, name) for name in ("generator", "discriminator", "ema", "g_optimizer", "d_optimizer", "scaler")}
+        return {name: part for name, part in named.items() if part is not None}
+
+
+def _adam(network: nn.Module, config: Config) -> torch.optim.Adam:
+    return torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def _learning_rate(config: Config, update: int) -> float:
+    """Warm-up, then constant or a cosine down to a hundredth, of the stage that update number `update` (from 0) is in."""
+    pretraining = update < config.pretrain_steps
+    base = config.pretrain_learning_rate if pretraining else config.learning_rate
+    length = config.pretrain_steps if pretraining else config.decay_steps
+    step = update if pretraining else update - config.pretrain_steps
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.decay == "none":
+        return base * warm
+    done = min(1.0, step / max(1, length))  # beyond `length` (steps raised later) the final rate stays
+    return base * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _step_optimizer(state: TrainState, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = _learning_rate(state.config, state.update)
+    state.scaler.step(optimizer)
+
+
+def pretrain_step(state: TrainState, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+    """One update of the generator alone, by the pixel loss: SRResNet (§3.2)."""
+    with state.autocast():
+        sr = state.generator(lr)
+    loss = pixel_loss(sr, hr, state.config.distance)
+    _step_optimizer(state, state.g_optimizer, loss)
+    return {"g_loss": loss.detach(), "pixel": loss.detach()}
+
+
+def discriminator_step(state: TrainState, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+    """One update of the discriminator: call real faces real and generated ones generated (Eq. 2)."""
+    with state.autocast():
+        real = state.discriminator(hr)
+        fake = state.discriminator(sr.detach())  # detach: this update must not move the generator
+    loss = discriminator_loss(real, fake, state.config.adversarial)
+    _step_optimizer(state, state.d_optimizer, loss)
+    return {"d_loss": loss.detach(), "d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
+
+
+def generator_step(state: TrainState, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+    """One update of the generator: look like HR (content), and be called real (adversarial; Eq. 3).
+
+    sr comes from the same pass that the discriminator's update used: the report ran the generator a second
+    time, which gives the same weights (its BatchNorm statistics then weigh the newest batch 0.96 instead of 0.8).
+    """
+    config, critic = state.config, state.discriminator
+    critic.requires_grad_(False)  # its weights need no gradient here
+    with state.autocast():
+        fake_features = critic.features(sr)
+        fake, real, real_features = critic.score(fake_features), None, None
+        if config.content == "features" or config.adversarial == "relativistic":
+            with torch.no_grad():
+                real_features = critic.features(hr)
+                real = critic.score(real_features)
+        content = _content_loss(state, sr, hr, fake_features, real_features)
+    critic.requires_grad_(True)
+    pixel = pixel_loss(sr, hr, config.distance)
+    adversarial = adversarial_loss(fake, real, config.adversarial)
+    ramp = min(1.0, (state.update - config.pretrain_steps + 1) / config.ramp_steps) if config.ramp_steps else 1.0
+    loss = config.content_weight * content + ramp * config.adversarial_weight * adversarial
+    if config.content != "pixel" and config.pixel_weight:
+        loss = loss + config.pixel_weight * pixel
+    _step_optimizer(state, state.g_optimizer, loss)
+    return {"g_loss": loss.detach(), "pixel": pixel.detach(), "content": content.detach(), "adversarial": adversarial.detach()}
+
+
+def _content_loss(state: TrainState, sr: Tensor, hr: Tensor, fake_features, real_features) -> Tensor:
+    config = state.config
+    if config.content == "features":
+        # the first layer's maps are as large as the image and hold little more than it does
+        return feature_loss(fake_features[1:], real_features[1:], config.distance)
+    if config.content == "vgg":
+        with torch.no_grad():
+            wanted = state.vgg(hr)
+        return pixel_loss(state.vgg(sr), wanted, config.distance)
+    return pixel_loss(sr, hr, config.distance)
+
+
+@torch.no_grad()
+def update_ema(ema: Generator, generator: Generator, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * generator, BatchNorm's statistics included."""
+    for average, value in zip(ema.state_dict().values(), generator.state_dict().values()):
+        if average.is_floating_point():
+            average.lerp_(value, 1 - decay)
+        else:
+            average.copy_(value)
+
+
+def _one_update(state: TrainState, store: FaceStore) -> dict[str, Tensor]:
+    """Update number `state.update`, whichever stage it belongs to; returns its losses, still on the device."""
+    config = state.config
+    lr, hr = batch(store, config, state.update, state.device)
+    if state.update < config.pretrain_steps:
+        losses = pretrain_step(state, lr, hr)
+    else:
+        if state.update == config.pretrain_steps:
+            state.g_optimizer = _adam(state.generator, config)  # moments of another loss would mislead
+        with state.autocast():
+            sr = state.generator(lr)
+        losses = discriminator_step(state, sr, hr) | generator_step(state, sr, hr)
+    state.scaler.update()
+    if state.ema is not None:
+        update_ema(state.ema, state.generator, min(config.ema, (1 + state.update) / (10 + state.update)))
+    state.update += 1
+    return losses
+
+
+@dataclass
+class Progress:
+    """What `train` reports about once a second."""
+
+    step: int                      # updates done, pre-training included
+    total: int                     # updates in all
+    stage: str                     # pretrain or adversarial
+    losses: dict[str, float]       # of the newest update
+    images_per_second: float
+    seconds_left: float
+    sample: Path | None = None     # a strip just drawn
+    saved: bool = False            # a checkpoint was just written
+    backup: str = ""               # the state of the backup, if there is one
+    done: bool = False             # nothing more will come
+    notes: list[str] = field(default_factory=list)
+
+
+_FREE_TO_CHANGE = {"steps", "save_steps", "save_minutes", "sample_steps", "precision"}
+_HISTORY = ("step", "stage", "seconds", "learning_rate", "g_loss", "pixel", "content", "adversarial", "d_loss", "d_real", "d_fake")
+
+
+def run_name(config: Config, store: FaceStore) -> str:
+    """`preset-xS-hash`, the hash of what differs from the preset and of the faces: another choice is another run."""
+    plain = asdict(Config.preset(config.preset_name))
+    differs = {name: value for name, value in asdict(config).items() if value != plain[name] and name not in _FREE_TO_CHANGE}
+    told = hashlib.sha256(json.dumps([differs, store.fingerprint], sort_keys=True).encode()).hexdigest()[:6]
+    return f"{config.preset_name}-x{config.scale}-{told}"
+
+
+def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minutes: float) -> Config:
+    """`config` with its stages shortened or lengthened, in proportion, to fill `minutes`, by timing some updates."""
+    warm, timed = 2, 4
+    trial = replace(config, pretrain_steps=warm + timed if config.pretrain_steps else 0, steps=warm + timed if config.steps else 0)
+    state, seconds = TrainState.create(trial, device), {}
+    for count in (trial.pretrain_steps, trial.steps):
+        for number in range(count):
+            if number == warm:
+                begun = time.perf_counter()
+            list(value.item() for value in _one_update(state, store).values())  # .item() waits for the device
+        seconds[len(seconds)] = (time.perf_counter() - begun) / timed if count else 0.0
+    one_round = config.pretrain_steps * seconds[0] + config.steps * seconds[1]
+    factor = minutes * 60 * 0.96 / max(one_round, 1e-9)  # the rest goes into samples and checkpoints
+    fitted = [max(1, int(count * factor)) if count else 0 for count in (config.pretrain_steps, config.steps)]
+    return replace(config, pretrain_steps=fitted[0], steps=fitted[1], decay_steps=fitted[1])
+
+
+def _open_run(folder: Path, store: FaceStore, preset: str | None, changes: dict, device: torch.device,
+              for_minutes: float | None) -> tuple[Config, list[str]]:
+    """The config of the run in `folder`, written there if it is new, and what there is to say about it."""
+    path, notes = folder / "config.json", []
+    if path.exists():
+        record = _read_json(path, "restore it, or start a new run in another folder")
+        config = _continued(folder, record, store, {"preset_name": preset} | changes if preset else changes)
+        if for_minutes:
+            notes.append(f"the run keeps its own length, {config.total_steps} updates; --for-minutes sets that of new runs only")
+    else:
+        if (folder / "ckpt").exists():
+            raise ValueError(f"{folder} has checkpoints but no config.json: start a new run in another folder")
+        config = Config.preset(preset or "sharp", **changes).for_faces(len(store.indices("train")))
+    precision = resolve_precision(config.precision, device)
+    if path.exists() and precision != config.precision:
+        notes.append(f"precision changes from {config.precision} to {precision}, which is what this device has")
+    config = replace(config, precision=precision)
+    if for_minutes and not path.exists():
+        config = _fit_to_minutes(config, store, device, for_minutes)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(path, {"format": _FORMAT, "store": store.fingerprint, "config": asdict(config), "environment": environment()})
+    return config, notes
+
+
+def _continued(folder: Path, record: dict, store: FaceStore, given: dict) -> Config:
+    """The recorded config with the changes that a run allows; ValueError for any other, or for another store."""
+    if record.get("format", 0) > _FORMAT:
+        raise ValueError(f"{folder} was written by a newer version: update the project")
+    if not isinstance(record.get("config"), dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged: restore it, or start a new run in another folder")
+    if record["store"] != store.fingerprint:
+        raise ValueError(f"{folder} was trained on other faces than those in {store.folder}: name the store it began with, "
+                         "or start a new run in another folder")
+    config = Config.from_dict(record["config"])
+    for name, value in asdict(replace(config, **given)).items():
+        old = getattr(config, name)
+        if value != old and name not in _FREE_TO_CHANGE:
+            raise ValueError(f"{folder} was started with {name}={old}, not {value}: start a new run in another folder")
+    return replace(config, **given)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[list]:
+    """Ctrl-C and the notebook's stop button wait until the update under way is whole; the list then is not empty."""
+    held: list = []
+    if threading.current_thread() is not threading.main_thread():
+        yield held
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield held
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Run:
+    """The files and the clock of one training run; `advance` does updates until there is something to report."""
+
+    def __init__(self, folder: Path, store: FaceStore, state: TrainState, backup: Backup | None, max_minutes: float | None):
+        self.folder, self.store, self.state, self.backup = folder, store, state, backup
+        self.began = self.saved_at = self.reported = time.perf_counter()
+        self.deadline = self.began + max_minutes * 60 if max_minutes else math.inf
+        self.seconds_before, self.pending, self.pace = 0.0, [], {}
+        self.saved_update, self.losses = -1, {}
+        part = "validation" if (store.split == 1).any() else "train"
+        members = store.indices(part)
+        self.probes = store.faces(members[:: max(1, len(members) // 4)][:4])
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+
+    def resume(self, saved: dict) -> None:
+        for name, part in self.state.parts().items():
+            part.load_state_dict(saved[name])
+        self.state.update, self.seconds_before = saved["update"], saved["seconds"]
+        _write_atomically(self.folder / "history.csv", saved["history"].encode())  # drops rows that would come twice
+        self.saved_update = saved["update"]
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def flush(self) -> None:
+        """Fetch the losses of the updates since last time, check them, append them to history.csv."""
+        path = self.folder / "history.csv"
+        new = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _HISTORY, restval="")
+            if new:
+                writer.writeheader()
+            for row, losses in self.pending:
+                names = list(losses)
+                self.losses = dict(zip(names, torch.stack([losses[name] for name in names]).tolist()))
+                for name, value in self.losses.items():
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"update {row['step']}: {name} is {value}; the last good checkpoint is of update "
+                                                 f"{max(self.saved_update, 0)} in {self.folder / 'ckpt'}: try a lower learning_rate "
+                                                 "or precision=fp32 in a new run")
+                writer.writerow(row | {"seconds": f"{self.seconds:.1f}"} | {name: f"{value:.6g}" for name, value in self.losses.items()})
+        self.pending = []
+
+    def save(self) -> None:
+        """A checkpoint with all that resuming needs, and the generator in use beside it."""
+        self.flush()
+        state = self.state
+        if self.saved_update == state.update:
+            return
+        parts = {name: part.state_dict() for name, part in state.parts().items()}
+        history = (self.folder / "history.csv").read_text(encoding="utf-8")
+        data = save_checkpoint(self.folder / "ckpt", parts | {"update": state.update, "seconds": self.seconds, "history": history,
+                                                              "config": asdict(state.config), "store": self.store.fingerprint})
+        self.saved_update, self.saved_at = state.update, time.perf_counter()
+        self.export("generator")
+        if self.backup:
+            names = ("config.json", "history.csv", "pretrained.safetensors", "generator.safetensors")
+            self.backup.submit(data, state.update, [self.folder / name for name in names])
+
+    def export(self, name: str, measure: bool = False) -> None:
+        """Write the generator in use as NAME.safetensors; `measure` adds its scores on up to 32 validation faces."""
+        config, about = self.state.config, {}
+        if measure and (self.store.split == 1).any():
+            rows = evaluate(self.state.best.eval(), config, self.store, self.store.indices("validation")[:32])
+            about["validation"] = summarise(rows, config, "validation")
+        export_generator(self.folder / f"{name}.safetensors", self.state.best, config, update=self.state.update, **about,
+                         data={"source": self.store.title, "fingerprint": self.store.fingerprint}, environment=environment())
+
+    def draw(self) -> Path:
+        network = self.state.best
+        path = self.folder / "samples" / f"update-{self.state.update:07d}.png"
+        was_training = network.training
+        save_image(image_strip(network.eval(), self.state.config, self.probes), path)
+        network.train(was_training)
+        return path
+
+    def _pace(self, stage: str, seconds: float, updates: int) -> None:
+        if updates:
+            old = self.pace.get(stage)
+            self.pace[stage] = seconds / updates if old is None else 0.7 * old + 0.3 * seconds / updates
+
+    def _seconds_left(self) -> float:
+        config, done = self.state.config, self.state.update
+        before = max(0, config.pretrain_steps - done)
+        after = config.total_steps - max(done, config.pretrain_steps)
+        pretrain = self.pace.get("pretrain", 0.0)
+        # until it has been seen, an adversarial update is taken to cost three of pre-training
+        left = before * pretrain + after * self.pace.get("adversarial", 3 * pretrain)
+        return min(left, self.deadline - time.perf_counter())
+
+    def advance(self, held: list) -> Progress:
+        """Train for about a second, or until a strip is drawn, a checkpoint saved, or there is nothing more to do."""
+        state, config = self.state, self.state.config
+        stage = "pretrain" if state.update < config.pretrain_steps else "adversarial"
+        begun, first, sample, saved, done = time.perf_counter(), state.update, None, False, state.update >= config.total_steps
+        state.generator.train()
+        state.discriminator.train()
+        while not done and sample is None and not saved:
+            row = {"step": state.update + 1, "stage": stage, "learning_rate": f"{_learning_rate(config, state.update):.6g}"}
+            self.pending.append((row, _one_update(state, self.store)))
+            now = time.perf_counter()
+            done = state.update >= config.total_steps or now > self.deadline
+            stage_ends = state.update == config.pretrain_steps
+            if held or done or stage_ends or state.update % config.save_steps == 0 or now - self.saved_at > config.save_minutes * 60:
+                saved = True
+            if not (saved or state.update % config.sample_steps == 0) and now - begun < 1 and len(self.pending) < 50:
+                continue
+            break
+        self.flush()
+        self._pace(stage, time.perf_counter() - begun, state.update - first)
+        if state.update > first and (done or state.update in (config.pretrain_steps,) or state.update % config.sample_steps == 0):
+            sample = self.draw()
+        if state.update == config.pretrain_steps and state.update > first:
+            self.export("pretrained", measure=True)
+        if saved:
+            self.save()
+        if held:
+            raise KeyboardInterrupt(f"stopped at update {state.update} of {config.total_steps}; saved, run again to continue")
+        if done:
+            self.export("generator", measure=True)
+        rate = config.batch_size / self.pace.get(stage, math.inf)
+        return Progress(state.update, config.total_steps, stage, self.losses, rate, self._seconds_left(), sample, saved,
+                        self.backup.status if self.backup else "", done)
+
+
+def _restore_from_backup(folder: Path, backup: Path | None) -> None:
+    """On a fresh machine, take the small files of a run from its backup."""
+    if backup and (backup / "config.json").exists() and not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("pretrained.safetensors", "generator.safetensors", "config.json"):
+            if (backup / name).exists():
+                shutil.copyfile(backup / name, folder / name)
+
+
+def train(store: FaceStore, folder: str | Path, preset: str | None = None, changes: dict | None = None, *,
+          backup: str | Path | None = None, max_minutes: float | None = None, for_minutes: float | None = None) -> Iterator[Progress]:
+    """Start the run in `folder`, or continue it; yields `Progress` about once a second, so that the caller keeps the `for`.
+
+    preset, changes: as for `Config.preset`; a run that exists keeps what is not given, and refuses (ValueError) a
+    difference that would make it another run. max_minutes: save and stop after so long. for_minutes: a new run
+    sets its length to fit. backup: a second folder (on Drive) for copies, from which it also continues. Stopping
+    (Ctrl-C, the stop button, leaving the loop) saves first. FloatingPointError if a loss is not finite.
+    """
+    folder, device = Path(folder), pick_device()
+    backup = Path(backup) if backup else None
+    _restore_from_backup(folder, backup)
+    config, notes = _open_run(folder, store, preset, changes or {}, device, for_minutes)
+    saved = newest_checkpoint(folder / "ckpt", backup)
+    run = _Run(folder, store, TrainState.create(config, device), Backup(backup) if backup else None, max_minutes)
+    if saved:
+        run.resume(saved)
+        notes.append(f"continues at update {saved['update']} of {config.total_steps}")
+    else:
+        (folder / "history.csv").unlink(missing_ok=True)  # rows of updates that no checkpoint holds
+    try:
+        while True:
+            with _interrupts_held() as held:
+                progress = run.advance(held)
+            progress.notes, notes = notes, []
+            yield progress
+            if progress.done:
+                return
+    except GeneratorExit:
+        run.save()
+        raise
+    finally:
+        if run.backup:
+            run.backup.close()
+
+
+# -----------------------------------------------------------------------------
+# 13. Notebook aids
+# -----------------------------------------------------------------------------
+
+
+def show_source(*objects) -> None:
+    """Display the source of classes or functions of this module, highlighted."""
+    import inspect
+
+    from IPython.display import Markdown, display
+
+    for each in objects:
+        display(Markdown(f"```python\n{inspect.getsource(each)}```"))
+
+
+@torch.no_grad()
+def shape_walk(model: nn.Module, x: Tensor) -> str:
+    """One line per direct child of `model`, in the order it ran on `x`: name, shape in -> out, parameters."""
+    rows, hooks, was_training = [], [], model.training
+    for name, child in model.named_children():
+        parts = list(child.named_children()) if isinstance(child, nn.ModuleList) else [("", child)]
+        for number, part in parts:
+            def note(module, inputs, output, label=f"{name}[{number}]" if number else name):
+                before, after = tuple(inputs[0].shape), tuple(output.shape)
+                rows.append(f"{label:<12}{before!s:>22} -> {after!s:<22}{count_parameters(module):>12,}")
+            hooks.append(part.register_forward_hook(note))
+    try:
+        model.eval()(x)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return "\n".join(rows)
+
+
+def progress_bar(events: Iterator[Progress]) -> Iterator[Progress]:
+    """Pass on what `train` yields, with a text bar that shows stage, losses, images per second and time left."""
+    from tqdm import tqdm
+
+    with contextlib.closing(events), tqdm(unit="update", mininterval=1, dynamic_ncols=True,
+                                          bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}") as bar:
+        for event in events:
+            for note in event.notes:
+                bar.write(note, file=sys.stderr)
+            bar.total, bar.n = event.total, event.step
+            minutes, seconds = divmod(round(max(0.0, event.seconds_left)), 60)
+            bar.set_description_str(event.stage, refresh=False)
+            losses = ", ".join(f"{name} {value:.3g}" for name, value in event.losses.items() if name in ("pixel", "d_loss"))
+            bar.set_postfix_str(f"[{event.images_per_second:.0f} img/s, {minutes}:{seconds:02d} left, {losses}]")
+            yield event
+
+
+class Dashboard:
+    """Loss curves and the newest sample strip of a run, redrawn in place in a notebook: call `show(event)` for each event."""
+
+    def __init__(self, folder: str | Path):
+        self.folder, self._handles = Path(folder), {}
+
+    def show(self, event: Progress) -> None:
+        """Redraw if `event` brought a new sample strip."""
+        from IPython.display import Image, display
+
+        if event.sample is None:
+            return
+        for name, item in (("curves", history_figure(self.folder / "history.csv")), ("strip", Image(filename=str(event.sample)))):
+            if name in self._handles:
+                self._handles[name].update(item)
+            else:
+                self._handles[name] = display(item, display_id=True)
+
+
+def uploaded_files(widget) -> list[tuple[str, bytes]]:
+    """Name and bytes of each file in an ipywidgets FileUpload, of ipywidgets 7 (a dict) or 8 (a tuple)."""
+    value = widget.value
+    items = value.items() if isinstance(value, dict) else ((each["name"], each) for each in value)
+    return [(name, bytes(each["content"])) for name, each in items]
+
+
+def upload_images(folder: str | Path):
+    """Have the user choose images for `folder`: Colab's own dialog there, elsewhere a FileUpload widget that saves
+    what is chosen. Returns the widget, or None in Colab, where this returns when the files are there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if in_colab():
+        from google.colab import files
+
+        for name, data in files.upload().items():
+            (folder / Path(name).name).write_bytes(data)
+            Path(name).unlink(missing_ok=True)  # Colab has put a copy into the current folder
+        return None
+    import ipywidgets
+
+    widget = ipywidgets.FileUpload(accept="image/*", multiple=True)
+
+    def save(_):
+        for name, data in uploaded_files(widget):
+            (folder / Path(name.replace("\\", "/")).name).write_bytes(data)
+
+    widget.observe(save, names="value")
+    return widget
+
+
+# -----------------------------------------------------------------------------
+# 14. Command line: `python srgan_utils.py COMMAND`
+# -----------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; see `python srgan_utils.py --help`")
+
+
+def _number(name: str, text: str | None, kind=float, least=0.0):
+    """`text` as a number above `least`, or None; ValueError otherwise."""
+    if text is None:
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not least < value < math.inf:
+        raise ValueError(f"--{name} {text}: give a {'whole ' if kind is int else ''}number above {least:g}")
+    return value
+
+
+def _given(args: argparse.Namespace) -> dict:
+    """The fields that --scale and --set name, with their values."""
+    changes = {}
+    for text in itertools.chain.from_iterable(args.set or []):
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text}: write FIELD=VALUE")
+        changes[name] = _parsed(name, value)
+    if getattr(args, "scale", None) is not None:
+        changes["scale"] = _parsed("scale", args.scale)
+    return changes
+
+
+def _writable(folder: Path) -> Path:
+    """`folder`, made if need be and seen to take a file; OSError otherwise, before hours of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write into {folder} ({error.strerror or error}): name another folder") from None
+    return folder
+
+
+def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]:
+    """The generator that --run, --weights or --scale (the shipped weights) names, and where it came from."""
+    scale = None if args.scale is None else _checked("scale", "int", _parsed("scale", args.scale))
+    if args.run and args.weights:
+        raise ValueError("give --run or --weights, not both")
+    if args.run:
+        path = Path(args.run) / "generator.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"{args.run} holds no generator.safetensors: train it first, or name another run")
+    elif args.weights:
+        path = Path(args.weights)
+    else:
+        path = Path(__file__).parent / "weights" / f"srgan-x{scale or 4}.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x yet: train a run and give --run DIR, or --weights FILE")
+    generator, config, _ = load_generator(path, scale)
+    return generator.to(pick_device()), config, str(path)
+
+
+def _prepare_command(args: argparse.Namespace) -> None:
+    limit = _number("limit", args.limit, int)
+    store = prepare(args.source, _writable(Path(args.store)), limit)
+    print(f"{store.folder}: {store.describe()}")
+    for name, why in store.left_out[:20]:
+        print(f"  left out {name}: {why}")
+    if len(store.left_out) > 20:
+        print(f"  ... and {len(store.left_out) - 20} more, all in {store.folder / 'store.json'}")
+
+
+def _train_command(args: argparse.Namespace) -> None:
+    limits = {name: _number(name.replace("_", "-"), getattr(args, name)) for name in ("max_minutes", "for_minutes")}
+    if all(limits.values()):
+        raise ValueError("give --max-minutes or --for-minutes, not both")
+    changes = _given(args)
+    store, folder = FaceStore(args.store), Path(args.run)
+    if not (folder / "config.json").exists():
+        Config.preset(args.preset or "sharp", **changes)  # what is wrong with the options is said before a folder is made
+    if args.backup:
+        _check_mounted(Path(args.backup))
+        _writable(Path(args.backup))
+    try:
+        for event in progress_bar(train(store, _writable(folder), args.preset, changes, backup=args.backup, **limits)):
+            pass
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        raise SystemExit(130) from None
+    state = "finished" if event.step >= event.total else f"stopped at update {event.step} of {event.total}; run it again to continue"
+    print(f"{folder}: {state}; generator.safetensors is the network to use")
+
+
+def _write_comparison(store: FaceStore, generator: Generator, config: Config, folder: Path, split: str, count: int | None,
+                      with_lpips: bool) -> dict:
+    """panels.png, metrics.csv and metrics.json in `folder`; returns the summary."""
+    indices = store.indices(split)
+    count = min(len(indices), count or 2000)
+    chosen = indices[[i * len(indices) // count for i in range(count)]]
+    rows = evaluate(generator, config, store, chosen, with_lpips)
+    with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = summarise(rows, config, split)
+    _write_json(folder / "metrics.json", summary)
+    shown = chosen[[i * len(chosen) // min(4, len(chosen)) for i in range(min(4, len(chosen)))]]
+    comparison_figure(generator, config, store.faces(shown)).savefig(folder / "panels.png", dpi=100)
+    return summary
+
+
+def _compare_command(args: argparse.Namespace) -> None:
+    view, count = _given(argparse.Namespace(set=args.set)), _number("count", args.count, int)
+    if set(view) - {"crop", "hr_size"}:
+        raise ValueError(f"compare can set crop and hr_size, not {', '.join(sorted(set(view) - {'crop', 'hr_size'}))}")
+    if args.split not in ("test", "all"):
+        raise ValueError(f"--split {args.split}: {_suggest(args.split, ['test', 'all'])}")
+    store = FaceStore(args.store)
+    generator, config, path = _chosen_generator(args)
+    folder = _writable(Path(args.out))
+    print(f"weights: {path}")
+    print(results_table(_write_comparison(store, generator, replace(config, **view), folder, args.split, count, args.lpips)))
+    print(f"{folder / 'panels.png'}, metrics.csv and metrics.json are written")
+
+
+def _upscale_file(path: Path, target: Path, generator: Generator, config: Config) -> None:
+    """One photo, transparency kept (enlarged by the plain bicubic)."""
+    from PIL import Image
+
+    try:
+        image = _read_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    sr = upscale(_to_tensor(np.asarray(image.convert("RGB"))), generator, config, progress=True)
+    result = Image.fromarray(_to_pixels(sr)[0])
+    if image.mode == "RGBA":
+        result.putalpha(image.getchannel("A").resize(result.size, Image.BICUBIC))
+    result.save(target)
+
+
+def _upscale_command(args: argparse.Namespace) -> None:
+    generator, config, weights = _chosen_generator(args)
+    folder = _writable(Path(args.out))
+    targets = {}
+    for path in map(Path, args.images):
+        target = folder / f"{path.stem}-x{config.scale}.png"
+        if target in targets:
+            raise ValueError(f"{path} and {targets[target]} would both become {target}: give them to two commands")
+        targets[target] = path
+    print(f"weights: {weights}")
+    failed = []
+    for target, path in targets.items():
+        try:
+            _upscale_file(path, target, generator, config)
+            print(target)
+        except (ValueError, OSError) as error:
+            failed.append(_one_line(error))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(targets)} images could not be enlarged: {'; '.join(failed)}")
+
+
+def _demo_command(args: argparse.Namespace) -> None:
+    folder = _writable(Path(args.out))
+    began = time.perf_counter()
+    store = prepare("synthetic", folder / "store", limit=360)
+    for _ in progress_bar(train(store, folder, "demo", max_minutes=4)):
+        pass
+    generator, config, _ = load_generator(folder / "generator.safetensors")
+    print(results_table(_write_comparison(store, generator, config, folder, "test", None, False)))
+    print(f"{folder / 'panels.png'} shows it; the whole way took {time.perf_counter() - began:.0f} s")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="srgan_utils.py", description="SRGAN for faces: prepare, train, compare, upscale.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    demo = commands.add_parser("demo", help="the whole way in minutes on a CPU, no network needed")
+    demo.add_argument("--out", default="demo-out", metavar="DIR")
+    prepare_ = commands.add_parser("prepare", help="turn a source of faces into a store")
+    prepare_.add_argument("source", metavar="SOURCE", help="a folder, a .zip, or one of: celeba portraits synthetic")
+    prepare_.add_argument("--store", required=True, metavar="DIR")
+    prepare_.add_argument("--limit", metavar="N", help="training faces to take")
+    train_ = commands.add_parser("train", help="start or continue a run")
+    train_.add_argument("--store", required=True, metavar="DIR")
+    train_.add_argument("--run", required=True, metavar="DIR")
+    train_.add_argument("--preset", metavar="P", help=", ".join(PRESETS))
+    train_.add_argument("--scale", metavar="S", help="2, 4, 8 or 16")
+    train_.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE")
+    train_.add_argument("--backup", metavar="DIR", help="a second folder for checkpoints, on Drive say")
+    train_.add_argument("--max-minutes", metavar="M", help="save and stop after so long")
+    train_.add_argument("--for-minutes", metavar="M", help="set a new run's length to fit")
+    compare = commands.add_parser("compare", help="LR, bicubic, SRGAN, HR: panels and metrics")
+    compare.add_argument("--store", required=True, metavar="DIR")
+    upscale_ = commands.add_parser("upscale", help="enlarge photos")
+    upscale_.add_argument("images", nargs="+", metavar="IMAGE")
+    for command in (compare, upscale_):
+        command.add_argument("--out", required=True, metavar="DIR")
+        command.add_argument("--run", metavar="DIR")
+        command.add_argument("--weights", metavar="FILE")
+        command.add_argument("--scale", metavar="S", help="the shipped weights for this factor")
+    compare.add_argument("--split", default="test", metavar="test|all")
+    compare.add_argument("--count", metavar="N", help="faces to measure")
+    compare.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE", help="crop=..., hr_size=...")
+    compare.add_argument("--lpips", action="store_true", help="also LPIPS (downloads its network)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, or 2 after one line on standard error that says what is wrong and what to do."""
+    commands = {"demo": _demo_command, "prepare": _prepare_command, "train": _train_command, "compare": _compare_command,
+                "upscale": _upscale_command}
+    try:
+        args = _parser().parse_args(argv)
+        commands[args.command](args)
+        return 0
+    except ConnectionError as error:
+        print(str(error), file=sys.stderr)  # the one message of three lines: how to get CelebA by hand
+    except (ValueError, OSError, FloatingPointError, ImportError, torch.OutOfMemoryError) as error:
+        print(f"srgan_utils.py: {_one_line(error)}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""What several test files need: a small store of synthetic faces, and tiny networks."""
+
+import pytest
+
+import srgan_utils as srgan
+
+# Seconds instead of minutes: one block, few channels, 32-px faces
+TINY = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32",
+        "pretrain_steps": 3, "steps": 3, "ramp_steps": 2, "warmup_steps": 2, "save_steps": 2, "sample_steps": 3}
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> srgan.FaceStore:
+    """41 synthetic faces, prepared once; some in each part of the split."""
+    return srgan.prepare("synthetic", tmp_path_factory.mktemp("data") / "store", limit=34)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(store, tmp_path_factory):
+    """A finished run of the tiny network at 4x."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    for _ in srgan.train(store, folder, "sharp", TINY | {"scale": 4}):
+        pass
+    return folder
