@@ -54,21 +54,21 @@ from torch import Tensor, nn
 
 __all__ = [
     "REPOSITORY", "Config", "PRESETS",                                              # 1
-    "pick_device", "resolve_precision", "seeded", "environment", "in_colab",        # 2
-    "mount_drive", "workspace",
+    "pick_device", "resolve_precision", "seeded", "environment", "hardware_note",   # 2
+    "in_colab", "mount_drive", "workspace",
     "load_image", "save_image", "bicubic", "quantise", "luma", "to_imagenet",       # 3
     "from_imagenet",
     "Source", "open_source", "synthetic_face", "split_of", "prepare", "FaceStore",  # 4
-    "make_pair", "batch_indices", "batch",
+    "prepare_faces", "make_pair", "batch_indices", "batch",
     "ResidualBlock", "UpsampleBlock", "icnr_", "Generator", "Discriminator",        # 5
     "VGGFeatures", "count_parameters", "receptive_radius",
     "pixel_loss", "feature_loss", "adversarial_loss", "discriminator_loss",         # 6
     "psnr", "ssim", "lpips", "sharpness", "checkerboard_index", "flat_field",       # 7
     "save_checkpoint", "load_checkpoint", "newest_checkpoint", "Backup",            # 8
-    "export_generator", "load_generator",
+    "export_generator", "load_generator", "find_generator",
     "upscale",                                                                      # 9
     "evaluate", "summarise", "results_table",                                       # 10
-    "comparison_figure", "image_strip", "history_figure",                           # 11
+    "show_images", "comparison_figure", "image_strip", "history_figure",            # 11
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
     "update_ema", "Progress", "run_name", "train",
     "show_source", "shape_walk", "progress_bar", "Dashboard", "uploaded_files",     # 13
@@ -348,6 +348,14 @@ def environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),
     }
+
+
+def hardware_note() -> str:
+    """One line for people: the GPU at hand, or how to get one."""
+    if torch.cuda.is_available():
+        return f"GPU: {torch.cuda.get_device_name()}"
+    where = "Runtime > Change runtime type > T4 GPU gives you one" if in_colab() else "none was found"
+    return f"No GPU ({where}): small settings, on {torch.get_num_threads()} CPU threads."
 
 
 def in_colab() -> bool:
@@ -809,14 +817,32 @@ def _downloads() -> Path:
     return folder
 
 
-def _download(url: str, target: Path, timeout: float = 10) -> None:
-    """Fetch `url` into `target`, whole or not at all. OSError if the host does not answer within `timeout` s."""
+def _open_url(url: str, seconds: float):
+    """A reply from `url` within `seconds` in all; OSError otherwise. (A socket's timeout holds for each address anew.)"""
     from urllib.request import urlopen
 
+    replies, failures = [], [TimeoutError(f"no answer within {seconds:g} s")]
+
+    def ask():
+        try:
+            replies.append(urlopen(url, timeout=seconds))
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not replies:
+        raise failures[-1]
+    return replies[0]
+
+
+def _download(url: str, target: Path) -> None:
+    """Fetch `url` into `target`, whole or not at all. OSError if the host does not answer within 10 s, or stops."""
     from tqdm import tqdm
 
     partial = target.with_name(target.name + ".part")
-    with urlopen(url, timeout=timeout) as reply, open(partial, "wb") as file:
+    with _open_url(url, 10) as reply, open(partial, "wb") as file:
         total = int(reply.headers.get("Content-Length") or 0) or None
         with tqdm(total=total, desc=target.name, unit="B", unit_scale=True, mininterval=1) as bar:
             while chunk := reply.read(1 << 20):
@@ -1183,6 +1209,29 @@ class FaceStore:
         text = ", ".join(f"{count} {name}" for name, count in zip(_SPLITS[:3], counts)) + " faces"
         text += f"; {len(self.left_out)} left out" if self.left_out else ""
         return text + (f"; {len(self.enlarged)} enlarged, kept out of test" if self.enlarged else "")
+
+
+def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
+    """What notebooks call: the store of `source` in the workspace, prepared if need be; if it cannot be had, says so
+    loudly and takes synthetic faces."""
+    stores = workspace() / "stores"
+
+    def place(name, count):
+        known = str(name) in ("celeba", "portraits", "synthetic")
+        word = str(name) if known else f"{Path(name).stem}-{zlib.crc32(str(Path(name).resolve()).encode()):08x}"
+        return stores / f"{word}-{count or 'all'}"
+
+    try:
+        store = prepare(source, place(source, limit), limit)
+    except (OSError, ValueError) as error:
+        if source not in ("celeba", "portraits"):
+            raise  # a slip in the user's own path is not mended by other faces
+        print(f"\n{'!' * 100}\n{error}\nTaking SYNTHETIC (drawn) faces instead of {source}: fine for trying things out, "
+              f"useless for judging results.\n{'!' * 100}\n")
+        limit = min(limit or 400, 400)
+        store = prepare("synthetic", place("synthetic", limit), limit)
+    print(f"{store.title}: {store.describe()}")
+    return store
 
 
 # --- Batches: a function of (seed, update), so that a resumed run sees what an uninterrupted one would
@@ -1727,6 +1776,10 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
     return digest.hexdigest()
 
 
+def _shipped_weights(scale: int) -> Path:
+    return Path(__file__).parent / "weights" / f"srgan-x{scale}.safetensors"
+
+
 def export_generator(path: str | Path, generator: Generator, config: Config, **about) -> None:
     """Write a generator as safetensors, with its config and whatever `about` says (data, metrics, ...) in the header."""
     from safetensors.torch import save
@@ -1765,6 +1818,19 @@ def load_generator(path: str | Path, scale: int | None = None) -> tuple[Generato
     generator = Generator(config)
     generator.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in tensors.items()})
     return generator.eval(), config, about
+
+
+def find_generator(scale: int, *folders: str | Path) -> Path | None:
+    """The newest generator for `scale` in the workspace's runs or in `folders` (Drive, say), else the shipped one, else None."""
+    found = []
+    for folder in (workspace() / "runs", *folders):
+        found += Path(folder).rglob("generator.safetensors")
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ValueError):
+            load_generator(path, scale)
+            return path
+    shipped = _shipped_weights(scale)
+    return shipped if shipped.exists() else None
 
 
 # -----------------------------------------------------------------------------
@@ -1866,19 +1932,44 @@ def results_table(summary: dict) -> str:
 # -----------------------------------------------------------------------------
 
 
+def _figure(width: float, height: float):
+    """A matplotlib Figure, in inches, that notebooks show without pyplot and its global state."""
+    from matplotlib.figure import Figure
+
+    def as_png() -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = as_png
+    return figure
+
+
+def show_images(images: Tensor | Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8, size: float = 1.6):
+    """A matplotlib Figure of images, (N, 3, H, W) or N of (3, H, W) of any size, `size` inches each, on one range of colours."""
+    rows = math.ceil(len(images) / columns)
+    figure = _figure(size * min(columns, len(images)), (size + 0.25 * bool(titles)) * rows)
+    axes = figure.subplots(rows, min(columns, len(images)), squeeze=False).flat
+    for ax, image, title in itertools.zip_longest(axes, images, titles):
+        ax.axis("off")
+        if image is not None:
+            ax.imshow(_to_pixels(image[None])[0], interpolation="nearest", vmin=0, vmax=255)
+            ax.set_title(title or "", fontsize=9)
+    return figure
+
+
 @torch.no_grad()
 def comparison_figure(generator: Generator, config: Config, faces: Tensor, label: str = "SRGAN"):
     """LR (nearest), bicubic, SRGAN and HR of stored faces, uint8 (N, 3, 178, 178), as a matplotlib Figure.
 
     All panels share one range of colours, [0, 1]; PSNR and SSIM (RGB, border of `scale` px removed) stand below.
     """
-    from matplotlib.figure import Figure
-
     device, edge = next(generator.parameters()).device, slice(config.scale, -config.scale)
     lr, hr = make_pair(faces.to(device), config)
     plain, ours = quantise(bicubic(lr, config.hr_size)), quantise(generator(lr))
     titles = (f"LR, {lr.shape[-1]} px", "bicubic", f"{label} {config.scale}x", f"HR, {config.hr_size} px")
-    figure = Figure(figsize=(12, 3.25 * len(faces)), layout="constrained")
+    figure = _figure(12, 3.25 * len(faces))
     axes = figure.subplots(len(faces), 4, squeeze=False)
     for column, (title, images) in enumerate(zip(titles, (lr, plain, ours, hr))):
         scores = None
@@ -1904,11 +1995,9 @@ def image_strip(generator: Generator, config: Config, faces: Tensor) -> Tensor:
 
 def history_figure(path: str | Path):
     """The losses of a run's history.csv, a matplotlib Figure: one panel for the generator, one for the discriminator."""
-    from matplotlib.figure import Figure
-
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(12, 3), layout="constrained")
+    figure = _figure(12, 3)
     for ax, names in zip(figure.subplots(1, 2), (("pixel", "content", "adversarial"), ("d_loss", "d_real", "d_fake"))):
         for name in names:
             points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
@@ -2518,7 +2607,7 @@ def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]
     elif args.weights:
         path = Path(args.weights)
     else:
-        path = Path(__file__).parent / "weights" / f"srgan-x{scale or 4}.safetensors"
+        path = _shipped_weights(scale or 4)
         if not path.exists():
             raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x yet: train a run and give --run DIR, or --weights FILE")
     generator, config, _ = load_generator(path, scale)

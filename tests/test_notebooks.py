@@ -1,0 +1,132 @@
+"""The written agreement between srgan_utils.py and the notebooks, and every notebook alone in an empty folder."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import srgan_utils as srgan
+
+ROOT = Path(__file__).resolve().parents[1]
+BODY = ast.parse((ROOT / "srgan_utils.py").read_text()).body
+DEFINED = {node.name: node.lineno for node in BODY if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str = "code") -> list[str]:
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def test_module_reads_top_to_bottom():
+    for node in BODY:
+        if getattr(node, "name", None) in DEFINED:
+            used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+            late = {name for name in used & DEFINED.keys() if DEFINED[name] > node.lineno}
+            assert not late, f"{node.name} (line {node.lineno}) uses {late} before its definition"
+
+
+def test_public_names_are_listed_once_and_exist():
+    assert len(srgan.__all__) == len(set(srgan.__all__))
+    assert {name for name in DEFINED if not name.startswith("_")} <= set(srgan.__all__)
+    assert all(hasattr(srgan, name) for name in srgan.__all__)
+
+
+def test_there_are_four_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["01_data", "02_model", "03_train", "04_compare"]
+
+
+@each_notebook
+def test_notebook_is_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert "widgets" not in notebook.metadata
+    assert notebook.metadata.accelerator == "GPU" and notebook.metadata.kernelspec.name == "python3"
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+
+
+@each_notebook
+def test_notebook_calls_public_names_and_defines_no_class(path):
+    for source in cells(path):
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.ClassDef), f"class {node.name} belongs in the module"
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "srgan":
+                assert node.attr in srgan.__all__, f"srgan.{node.attr} is not public"
+
+
+def test_all_notebooks_share_one_set_up_cell_before_anything_else():
+    first = {cells(path)[0] for path in NOTEBOOKS}
+    assert len(first) == 1 and "import srgan_utils as srgan" in first.pop()
+
+
+@each_notebook
+def test_form_defaults_are_among_their_options(path):
+    for source in cells(path):
+        for name, default, options in re.findall(r"(?m)^(\w+) = (.+?)\s+#@param (\[.*?\])", source):
+            assert ast.literal_eval(default) in ast.literal_eval(options), name
+
+
+def test_badges_and_set_up_cells_agree_with_the_one_address():
+    owner_and_name = srgan.REPOSITORY
+    pages = [(path.stem, cells(path, "markdown")[0]) for path in NOTEBOOKS]
+    readme = (ROOT / "README.md").read_text()
+    for stem, text in [*pages, *((path.stem, readme) for path in NOTEBOOKS)]:
+        assert f"https://colab.research.google.com/github/{owner_and_name}/blob/main/notebooks/{stem}.ipynb" in text
+    assert all(f'REPOSITORY = "{owner_and_name}"' in cells(path)[0] for path in NOTEBOOKS)
+    files = [ROOT / "README.md", ROOT / "srgan_utils.py", *NOTEBOOKS]
+    others = {found for file in files for found in re.findall(r"(?:colab\.research\.google\.com/)?github(?:\.com)?/([\w.-]+/srgan[\w.-]*)",
+                                                              file.read_text())}
+    assert others <= {owner_and_name}
+
+
+def test_the_fork_command_in_the_readme_renames_everything(tmp_path):
+    command = re.search(r"(?m)^\s*(perl -pi -e .+)$", (ROOT / "README.md").read_text()).group(1)
+    for name in ("README.md", "srgan_utils.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    text = "".join(path.read_text() for path in [tmp_path / "srgan_utils.py", *(tmp_path / "notebooks").glob("*.ipynb")])
+    assert srgan.REPOSITORY not in text and 'REPOSITORY = "YOU/YOUR-REPOSITORY"' in text
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> dict[str, str]:
+    """A local clone of the project, and the environment in which git takes it for the one on GitHub."""
+    clone = tmp_path_factory.mktemp("published") / "project"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".git", "srgan-work", "demo-out", "__pycache__", ".*cache"))
+    git = ["git", "-C", str(clone), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "--quiet", "--initial-branch", "main"], ["add", "--all"], ["commit", "--quiet", "--message", "published"]):
+        subprocess.run([*git, *command], check=True)
+    return {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{clone}.insteadOf",
+            "GIT_CONFIG_VALUE_0": f"https://github.com/{srgan.REPOSITORY}"}
+
+
+@pytest.mark.notebooks
+@each_notebook
+def test_notebook_runs_alone_in_an_empty_folder(path, published, tmp_path, monkeypatch, record_property):
+    """Run all as a newcomer without a GPU would, and end in a picture."""
+    from nbclient import NotebookClient
+
+    for name, value in published.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    notebook = nbformat.read(path, as_version=4)
+    began = time.perf_counter()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    print(f"\n{path.name}: {time.perf_counter() - began:.0f} s")
+    assert (folder / srgan.REPOSITORY.split("/")[1] / "srgan_utils.py").is_file()
+    kinds = [kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})]
+    assert "image/png" in kinds
+    keep = os.environ.get("SRGAN_KEEP_NOTEBOOKS")  # to look at them afterwards
+    if keep:
+        nbformat.write(notebook, Path(keep) / path.name)
