@@ -39,7 +39,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -176,11 +175,14 @@ class Config:
     def __post_init__(self):
         for item in fields(self):
             setattr(self, item.name, _checked(item.name, item.type, getattr(self, item.name)))
-        _suggest_multiple("hr_size", self.hr_size, self.scale, f"scale={self.scale}")
-        _suggest_multiple("patch_size", self.patch, self.scale, f"scale={self.scale}")
-        if self.discriminator == "dense":
-            _suggest_multiple("hr_size", self.hr_size, 16, "16 (the dense discriminator halves it 4 times)")
-            _suggest_multiple("patch_size", self.patch, 16, "16 (the dense discriminator halves it 4 times)")
+        dense = self.discriminator == "dense"
+        of, why = (16, "16 (the dense discriminator halves it 4 times)") if dense else (self.scale, f"scale={self.scale}")
+        for name, value in (("hr_size", self.hr_size), ("patch_size", self.patch)):
+            if value % of:
+                nearest = max(of, round(value / of) * of)
+                raise ValueError(f"{name}={value} is not a multiple of {why}; the nearest that is: {nearest}")
+        if self.preset_name not in PRESETS:
+            raise ValueError(f"there is no preset {self.preset_name!r}: {_suggest(self.preset_name, list(PRESETS))}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} is even; try {self.kernel_size + 1}")
 
@@ -226,13 +228,6 @@ class Config:
         return replace(self, pretrain_steps=pretrain, steps=steps, decay_steps=decay)
 
 
-def _suggest_multiple(name: str, value: int, of: int, why: str) -> None:
-    """ValueError unless `value` is a multiple of `of`, naming the nearest that is."""
-    if value % of:
-        nearest = max(of, round(value / of) * of)
-        raise ValueError(f"{name}={value} is not a multiple of {why}; the nearest that is: {nearest}")
-
-
 def _checked(name: str, kind: str, value):
     """`value` as the type that field `name` is declared with, if it may have it; else ValueError."""
     if value is None and kind.endswith("| None"):
@@ -253,7 +248,7 @@ def _checked(name: str, kind: str, value):
     elif kind in ("int", "float"):
         low, high = _RANGES.get(name, (0, 1e9))
         if not low <= value <= high:
-            raise ValueError(f"{name}={value} is out of range; the nearest valid: {low if value < low else high:g}")
+            raise ValueError(f"{name}={value} is out of range; the nearest valid: {low if value < low else high:.12g}")
     return value
 
 
@@ -273,10 +268,11 @@ def _parsed(name: str, text: str):
         return None
     if kind == "bool" and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
+    value = text
     if kind != "str":
         with contextlib.suppress(ValueError):
-            return _checked(name, kind, float(text) if not text.lstrip("+-").isdigit() else int(text))
-    return _checked(name, kind, text)
+            value = int(text) if text.lstrip("+-").isdigit() else float(text)
+    return _checked(name, kind, value)
 
 
 # The report's discriminator and data, which the paper's preset shares where the report followed the paper
@@ -405,7 +401,7 @@ def _one_line(error: object) -> str:
 # 3. Pixels: load, save, resize, round
 # -----------------------------------------------------------------------------
 
-_MAX_PIXELS = 100_000_000
+_MAX_PIXELS = 89_000_000  # Pillow itself warns above, and refuses twice as many
 # Pillow decides by content, not by name; formats that run an interpreter (EPS, WMF) are left out
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -418,14 +414,12 @@ def _read_image(file):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns from 89 megapixels on; the limit here is our own
-            with Image.open(file, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > _MAX_PIXELS:
-                    raise ValueError(f"absurdly large ({width} x {height} px)")
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(file, formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > _MAX_PIXELS:
+                raise ValueError(f"absurdly large ({width} x {height} px)")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError("not an image that Pillow can read" if isinstance(error, UnidentifiedImageError)
                          else "absurdly large") from None
@@ -441,7 +435,8 @@ def _to_rgb(image):
 
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
         levels = np.asarray(image, dtype=np.int64)
-        image = Image.fromarray((levels >> 8 if levels.max(initial=0) > 255 else levels).clip(0, 255).astype(np.uint8))
+        deep = image.mode.startswith("I;16") or levels.max(initial=0) > 255  # mode I does not tell 8 from 16 bits
+        image = Image.fromarray((levels >> 8 if deep else levels).clip(0, 255).astype(np.uint8))
     if image.mode == "F":
         levels = np.nan_to_num(np.asarray(image))
         image = Image.fromarray((levels * (255 if levels.max(initial=0) <= 1 else 1)).clip(0, 255).astype(np.uint8))
@@ -465,7 +460,7 @@ def _on_white(image):
 def load_image(path: str | Path) -> Tensor:
     """The photo at `path` as (1, 3, H, W), upright, on white where it is transparent.
 
-    Raises FileNotFoundError, or ValueError if it is not an image, truncated or larger than 100 megapixels.
+    Raises FileNotFoundError, or ValueError if it is not an image, truncated or larger than 89 megapixels.
     """
     try:
         return _to_tensor(np.asarray(_on_white(_read_image(path))))
@@ -819,6 +814,7 @@ def _downloads() -> Path:
 
 def _open_url(url: str, seconds: float):
     """A reply from `url` within `seconds` in all; OSError otherwise. (A socket's timeout holds for each address anew.)"""
+    from http.client import HTTPException
     from urllib.request import urlopen
 
     replies, failures = [], [TimeoutError(f"no answer within {seconds:g} s")]
@@ -826,8 +822,8 @@ def _open_url(url: str, seconds: float):
     def ask():
         try:
             replies.append(urlopen(url, timeout=seconds))
-        except OSError as error:
-            failures.append(error)
+        except (OSError, HTTPException) as error:
+            failures.append(OSError(_one_line(error) or type(error).__name__))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -839,15 +835,20 @@ def _open_url(url: str, seconds: float):
 
 def _download(url: str, target: Path) -> None:
     """Fetch `url` into `target`, whole or not at all. OSError if the host does not answer within 10 s, or stops."""
+    from http.client import HTTPException
+
     from tqdm import tqdm
 
     partial = target.with_name(target.name + ".part")
     with _open_url(url, 10) as reply, open(partial, "wb") as file:
         total = int(reply.headers.get("Content-Length") or 0) or None
         with tqdm(total=total, desc=target.name, unit="B", unit_scale=True, mininterval=1) as bar:
-            while chunk := reply.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
+            try:
+                while chunk := reply.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            except HTTPException as error:  # IncompleteRead is no OSError
+                raise OSError(f"the connection broke: {_one_line(error)}") from None
     partial.replace(target)
 
 
@@ -923,6 +924,7 @@ def _open_celeba() -> Source:
         if source := _celeba_at(place):
             return source
     for mirror in ("Hugging Face", "Kaggle", "Google Drive"):
+        (folder / _CELEBA["zip"]).unlink(missing_ok=True)  # in our own cache and not right, or it had been taken above
         try:
             print(f"CelebA: trying {mirror} ...")
             if source := _celeba_at(_fetch_celeba(mirror, folder)):
@@ -1044,6 +1046,15 @@ def _read_json(path: Path, what: str) -> dict:
         raise ValueError(f"{path} is damaged ({_one_line(error)}): {what}") from None
 
 
+def _check_format(record: dict, newest: int, what: object) -> None:
+    """ValueError if `record` is of a format that this version does not read."""
+    number = record.get("format")
+    if not isinstance(number, int):
+        raise ValueError(f"{what} is damaged (it does not say its format)")
+    if number > newest:
+        raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
+
+
 def _journal(path: Path, header: dict, pixels: Path) -> tuple[list[dict], int]:
     """The blocks that an interrupted preparation has finished, and their rows; a fresh journal if it was another's."""
     blocks = []
@@ -1109,7 +1120,7 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
 
     from tqdm import tqdm
 
-    folder, source = Path(folder), str(source)
+    folder, source = Path(folder), str(Path(source))
     if (folder / "store.json").exists():
         store = FaceStore(folder)
         if (store.source, store.limit) != (source, limit):
@@ -1119,7 +1130,7 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
         return store
     opened = open_source(source)
     if opened.title == "synthetic" and limit:
-        opened = _open_synthetic(round(limit * 1.25) + 40)  # enough for each part of the split
+        opened = _open_synthetic(2 * limit + 100)  # enough names for each part of the split; only those kept are drawn
     names = _limited(opened.names, limit)
     folder.mkdir(parents=True, exist_ok=True)
     pixels, journal = folder / "faces.u8", folder / "journal.jsonl"
@@ -1132,8 +1143,10 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
             blocks.append(_prepare_block(opened, names[start:start + _BLOCK], pool, bar, file))
             log.write(json.dumps(blocks[-1]) + "\n")
             log.flush()
-    _write_json(folder / "store.json", _store_record(source, opened.title, limit, blocks))
-    journal.unlink()
+    try:
+        _write_json(folder / "store.json", _store_record(source, opened.title, limit, blocks))
+    finally:
+        journal.unlink()  # done, or no face was usable: then a mended source starts anew
     return FaceStore(folder)
 
 
@@ -1152,9 +1165,7 @@ class FaceStore:
         if not path.exists():
             raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
         record = _read_json(path, "delete the folder and prepare it again")
-        if record.get("format", 0) > _STORE_FORMAT:
-            raise ValueError(f"{self.folder} was written by a newer version (format {record['format']}, this one reads "
-                             f"up to {_STORE_FORMAT}): update the project")
+        _check_format(record, _STORE_FORMAT, self.folder)
         try:
             self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
             self.names, self.fingerprint = record["names"], record["fingerprint"]
@@ -1626,8 +1637,7 @@ def _unpack(data: bytes, name: object) -> dict:
     if bytes(body[-len(_SEAL):]) != _SEAL or hashlib.sha256(body).hexdigest().encode() != data[-64:]:
         raise ValueError(f"{name} is damaged or cut off (its checksum does not fit)")
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if state.get("format", 0) > _FORMAT:
-        raise ValueError(f"{name} was written by a newer version: update the project")
+    _check_format(state, _FORMAT, name)
     return state
 
 
@@ -1810,13 +1820,15 @@ def load_generator(path: str | Path, scale: int | None = None) -> tuple[Generato
         raise ValueError(f"{path} is safetensors, but not a generator of this project") from None
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from None
-    if about["format"] > _FORMAT:
-        raise ValueError(f"{path} was written by a newer version: update the project")
+    _check_format(about, _FORMAT, path)
     config = Config.from_dict(about["config"])
     if scale not in (None, config.scale):
         raise ValueError(f"{path} is a network for {config.scale}x, not {scale}x: use --scale {config.scale} or other weights")
     generator = Generator(config)
-    generator.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in tensors.items()})
+    try:
+        generator.load_state_dict(tensors)  # copies into float32, also from half precision
+    except RuntimeError:
+        raise ValueError(f"{path} does not hold the network that its header tells of: export it again") from None
     return generator.eval(), config, about
 
 
@@ -1857,8 +1869,8 @@ def upscale(image: Tensor, generator: Generator, config: Config, tile: int | Non
         top, left = max(0, y - margin), max(0, x - margin)
         bottom, right = min(height, y + tile), min(width, x + tile)
         part = image[..., top:bottom + margin, left:right + margin].to(device)
-        sr = quantise(generator(part)).cpu()[..., (y - top) * scale:(bottom - top) * scale, (x - left) * scale:(right - left) * scale]
-        out[..., y * scale:bottom * scale, x * scale:right * scale] = sr
+        sr = quantise(generator(part))[..., (y - top) * scale:(bottom - top) * scale, (x - left) * scale:(right - left) * scale]
+        out[..., y * scale:bottom * scale, x * scale:right * scale] = sr.cpu()
     return out
 
 
@@ -1879,7 +1891,8 @@ def _scores(images: Tensor, hr: Tensor, with_lpips: bool) -> dict[str, list[floa
 
 
 @torch.no_grad()
-def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Sequence[int], with_lpips: bool = False) -> list[dict]:
+def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Sequence[int],
+             with_lpips: bool = False) -> list[dict]:
     """One row per face: its name, and `bicubic_*`, `srgan_*` for PSNR (dB) and SSIM in RGB and Y, sharpness and
     checkerboard index; `hr_checkerboard` beside them. `config` says the view (crop, hr_size).
 
@@ -1888,7 +1901,8 @@ def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Se
     from tqdm import tqdm
 
     if config.hr_size - 2 * config.scale < 11:
-        raise ValueError(f"hr_size={config.hr_size} is too small to measure at {config.scale}x: 11 px must be left inside the border")
+        raise ValueError(f"hr_size={config.hr_size} is too small to measure at {config.scale}x: 11 px must be left "
+                         "inside the border")
     device, edge, rows = next(generator.parameters()).device, slice(config.scale, -config.scale), []
     chunks = [indices[start:start + 8] for start in range(0, len(indices), 8)]
     for chunk in tqdm(chunks, desc="measuring", unit="batch", mininterval=1, disable=len(chunks) < 8):
@@ -1922,7 +1936,8 @@ def results_table(summary: dict) -> str:
              f"{'':10}{'PSNR rgb':>10}{'SSIM rgb':>10}{'PSNR y':>10}{'SSIM y':>10}{'sharpness':>11}{'checkerboard':>14}"]
     for method in ("bicubic", "srgan", "hr"):
         cells = [summary[method].get(metric) for metric in _METRICS]
-        texts = ["" if cell is None else f"{cell:.2f}" if "psnr" in metric else f"{cell:.3f}" for metric, cell in zip(_METRICS, cells)]
+        digits = [2 if "psnr" in metric else 3 for metric in _METRICS]
+        texts = ["" if cell is None else f"{cell:.{places}f}" for cell, places in zip(cells, digits)]
         lines.append(f"{method:10}" + "".join(f"{text:>{width}}" for text, width in zip(texts, (10, 10, 10, 10, 11, 14))))
     return "\n".join(lines)
 
@@ -2009,6 +2024,7 @@ def history_figure(path: str | Path):
         ax.set_xlabel("update")
         if ax.lines:
             ax.legend()
+    figure.axes[0].set_yscale("log")  # the losses of the generator differ by orders of magnitude
     return figure
 
 
@@ -2057,8 +2073,8 @@ class TrainState:
 
     def parts(self) -> dict:
         """Whatever has a state_dict, by name."""
-        named = {name: getattr(self, name) for name in ("generator", "discriminator", "ema", "g_optimizer", "d_optimizer", "scaler")}
-        return {name: part for name, part in named.items() if part is not None}
+        names = ("generator", "discriminator", "ema", "g_optimizer", "d_optimizer", "scaler")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def _adam(network: nn.Module, config: Config) -> torch.optim.Adam:
@@ -2191,7 +2207,8 @@ class Progress:
 
 
 _FREE_TO_CHANGE = {"steps", "save_steps", "save_minutes", "sample_steps", "precision"}
-_HISTORY = ("step", "stage", "seconds", "learning_rate", "g_loss", "pixel", "content", "adversarial", "d_loss", "d_real", "d_fake")
+_HISTORY = ("step", "stage", "seconds", "learning_rate", "g_loss", "pixel", "content", "adversarial", "d_loss", "d_real",
+            "d_fake")
 
 
 def run_name(config: Config, store: FaceStore) -> str:
@@ -2205,7 +2222,7 @@ def run_name(config: Config, store: FaceStore) -> str:
 def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minutes: float) -> Config:
     """`config` with its stages shortened or lengthened, in proportion, to fill `minutes`, by timing some updates."""
     warm, timed = 2, 4
-    trial = replace(config, pretrain_steps=warm + timed if config.pretrain_steps else 0, steps=warm + timed if config.steps else 0)
+    trial = replace(config, **{name: warm + timed for name in ("pretrain_steps", "steps") if getattr(config, name)})
     state, seconds = TrainState.create(trial, device), {}
     for count in (trial.pretrain_steps, trial.steps):
         for number in range(count):
@@ -2225,13 +2242,13 @@ def _open_run(folder: Path, store: FaceStore, preset: str | None, changes: dict,
     path, notes = folder / "config.json", []
     if path.exists():
         record = _read_json(path, "restore it, or start a new run in another folder")
-        config = _continued(folder, record, store, {"preset_name": preset} | changes if preset else changes)
+        config = _continued(folder, record, store, changes if preset is None else {"preset_name": preset} | changes)
         if for_minutes:
             notes.append(f"the run keeps its own length, {config.total_steps} updates; --for-minutes sets that of new runs only")
     else:
         if (folder / "ckpt").exists():
             raise ValueError(f"{folder} has checkpoints but no config.json: start a new run in another folder")
-        config = Config.preset(preset or "sharp", **changes).for_faces(len(store.indices("train")))
+        config = Config.preset("sharp" if preset is None else preset, **changes).for_faces(len(store.indices("train")))
     precision = resolve_precision(config.precision, device)
     if path.exists() and precision != config.precision:
         notes.append(f"precision changes from {config.precision} to {precision}, which is what this device has")
@@ -2245,11 +2262,10 @@ def _open_run(folder: Path, store: FaceStore, preset: str | None, changes: dict,
 
 def _continued(folder: Path, record: dict, store: FaceStore, given: dict) -> Config:
     """The recorded config with the changes that a run allows; ValueError for any other, or for another store."""
-    if record.get("format", 0) > _FORMAT:
-        raise ValueError(f"{folder} was written by a newer version: update the project")
+    _check_format(record, _FORMAT, folder / "config.json")
     if not isinstance(record.get("config"), dict):
         raise ValueError(f"{folder / 'config.json'} is damaged: restore it, or start a new run in another folder")
-    if record["store"] != store.fingerprint:
+    if record.get("store") != store.fingerprint:
         raise ValueError(f"{folder} was trained on other faces than those in {store.folder}: name the store it began with, "
                          "or start a new run in another folder")
     config = Config.from_dict(record["config"])
@@ -2308,15 +2324,18 @@ class _Run:
             if new:
                 writer.writeheader()
             for row, losses in self.pending:
-                names = list(losses)
-                self.losses = dict(zip(names, torch.stack([losses[name] for name in names]).tolist()))
-                for name, value in self.losses.items():
-                    if not math.isfinite(value):
-                        raise FloatingPointError(f"update {row['step']}: {name} is {value}; the last good checkpoint is of update "
-                                                 f"{max(self.saved_update, 0)} in {self.folder / 'ckpt'}: try a lower learning_rate "
-                                                 "or precision=fp32 in a new run")
-                writer.writerow(row | {"seconds": f"{self.seconds:.1f}"} | {name: f"{value:.6g}" for name, value in self.losses.items()})
+                self.losses = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
+                self._require_finite(row["step"])
+                numbers = {name: f"{value:.6g}" for name, value in self.losses.items()}
+                writer.writerow(row | numbers | {"seconds": f"{self.seconds:.1f}"})
         self.pending = []
+
+    def _require_finite(self, step: int) -> None:
+        for name, value in self.losses.items():
+            if not math.isfinite(value):
+                saved = f"the last good checkpoint is of update {self.saved_update}" if self.saved_update > 0 else "none is saved yet"
+                raise FloatingPointError(f"update {step}: {name} is {value}; {saved}, in {self.folder / 'ckpt'}: "
+                                         "try a lower learning_rate or precision=fp32 in a new run")
 
     def save(self) -> None:
         """A checkpoint with all that resuming needs, and the generator in use beside it."""
@@ -2365,39 +2384,46 @@ class _Run:
         left = before * pretrain + after * self.pace.get("adversarial", 3 * pretrain)
         return min(left, self.deadline - time.perf_counter())
 
+    def _save_due(self) -> bool:
+        state, config = self.state, self.state.config
+        return (state.update in (config.pretrain_steps, config.total_steps) or state.update % config.save_steps == 0
+                or time.perf_counter() - self.saved_at > config.save_minutes * 60)
+
+    def _sample_due(self) -> bool:
+        state, config = self.state, self.state.config
+        return state.update in (config.pretrain_steps, config.total_steps) or state.update % config.sample_steps == 0
+
     def advance(self, held: list) -> Progress:
         """Train for about a second, or until a strip is drawn, a checkpoint saved, or there is nothing more to do."""
-        state, config = self.state, self.state.config
-        stage = "pretrain" if state.update < config.pretrain_steps else "adversarial"
-        begun, first, sample, saved, done = time.perf_counter(), state.update, None, False, state.update >= config.total_steps
+        state, config, begun, first = self.state, self.state.config, time.perf_counter(), self.state.update
+        stage = "pretrain" if first < config.pretrain_steps else "adversarial"
         state.generator.train()
         state.discriminator.train()
-        while not done and sample is None and not saved:
-            row = {"step": state.update + 1, "stage": stage, "learning_rate": f"{_learning_rate(config, state.update):.6g}"}
+        done = first >= config.total_steps
+        while not done:
+            rate = _learning_rate(config, state.update)
+            row = {"step": state.update + 1, "stage": stage, "learning_rate": f"{rate:.6g}"}
             self.pending.append((row, _one_update(state, self.store)))
-            now = time.perf_counter()
-            done = state.update >= config.total_steps or now > self.deadline
-            stage_ends = state.update == config.pretrain_steps
-            if held or done or stage_ends or state.update % config.save_steps == 0 or now - self.saved_at > config.save_minutes * 60:
-                saved = True
-            if not (saved or state.update % config.sample_steps == 0) and now - begun < 1 and len(self.pending) < 50:
-                continue
-            break
+            done = state.update >= config.total_steps or time.perf_counter() > self.deadline
+            # losses are fetched seldom: each fetch makes the host wait for the device
+            if held or self._save_due() or self._sample_due() or time.perf_counter() - begun > 1 or len(self.pending) == 50:
+                break
+        worked = state.update > first
         self.flush()
         self._pace(stage, time.perf_counter() - begun, state.update - first)
-        if state.update > first and (done or state.update in (config.pretrain_steps,) or state.update % config.sample_steps == 0):
-            sample = self.draw()
-        if state.update == config.pretrain_steps and state.update > first:
+        sample = self.draw() if worked and (done or self._sample_due()) else None
+        if worked and state.update == config.pretrain_steps:
             self.export("pretrained", measure=True)
+        saved = worked and bool(done or held or self._save_due())
         if saved:
             self.save()
         if held:
             raise KeyboardInterrupt(f"stopped at update {state.update} of {config.total_steps}; saved, run again to continue")
         if done:
             self.export("generator", measure=True)
-        rate = config.batch_size / self.pace.get(stage, math.inf)
-        return Progress(state.update, config.total_steps, stage, self.losses, rate, self._seconds_left(), sample, saved,
-                        self.backup.status if self.backup else "", done)
+        images_per_second = config.batch_size / self.pace.get(stage, math.inf)
+        return Progress(state.update, config.total_steps, stage, self.losses, images_per_second, self._seconds_left(), sample,
+                        saved, self.backup.status if self.backup else "", done)
 
 
 def _restore_from_backup(folder: Path, backup: Path | None) -> None:
@@ -2410,7 +2436,8 @@ def _restore_from_backup(folder: Path, backup: Path | None) -> None:
 
 
 def train(store: FaceStore, folder: str | Path, preset: str | None = None, changes: dict | None = None, *,
-          backup: str | Path | None = None, max_minutes: float | None = None, for_minutes: float | None = None) -> Iterator[Progress]:
+          backup: str | Path | None = None, max_minutes: float | None = None,
+          for_minutes: float | None = None) -> Iterator[Progress]:
     """Start the run in `folder`, or continue it; yields `Progress` about once a second, so that the caller keeps the `for`.
 
     preset, changes: as for `Config.preset`; a run that exists keeps what is not given, and refuses (ValueError) a
@@ -2532,8 +2559,10 @@ def upload_images(folder: str | Path):
         from google.colab import files
 
         for name, data in files.upload().items():
-            (folder / Path(name).name).write_bytes(data)
-            Path(name).unlink(missing_ok=True)  # Colab has put a copy into the current folder
+            target = folder / Path(name).name
+            target.write_bytes(data)
+            if Path(name).resolve() != target.resolve():
+                Path(name).unlink(missing_ok=True)  # Colab has put a copy into the current folder
         return None
     import ipywidgets
 
@@ -2609,7 +2638,8 @@ def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]
     else:
         path = _shipped_weights(scale or 4)
         if not path.exists():
-            raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x yet: train a run and give --run DIR, or --weights FILE")
+            raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x: train a run and give --run DIR, "
+                                    "or give --weights FILE")
     generator, config, _ = load_generator(path, scale)
     return generator.to(pick_device()), config, str(path)
 
@@ -2631,7 +2661,8 @@ def _train_command(args: argparse.Namespace) -> None:
     changes = _given(args)
     store, folder = FaceStore(args.store), Path(args.run)
     if not (folder / "config.json").exists():
-        Config.preset(args.preset or "sharp", **changes)  # what is wrong with the options is said before a folder is made
+        # what is wrong with the options is said before a folder is made
+        Config.preset("sharp" if args.preset is None else args.preset, **changes)
     if args.backup:
         _check_mounted(Path(args.backup))
         _writable(Path(args.backup))
@@ -2641,7 +2672,7 @@ def _train_command(args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         print(f"\n{stop or 'stopped'}", file=sys.stderr)
         raise SystemExit(130) from None
-    state = "finished" if event.step >= event.total else f"stopped at update {event.step} of {event.total}; run it again to continue"
+    state = "finished" if event.step >= event.total else f"stopped at update {event.step} of {event.total}, run it again to continue"
     print(f"{folder}: {state}; generator.safetensors is the network to use")
 
 

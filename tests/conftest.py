@@ -11,7 +11,7 @@ TINY = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "b
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory) -> srgan.FaceStore:
-    """41 synthetic faces, prepared once; some in each part of the split."""
+    """40 synthetic faces, prepared once; some in each part of the split."""
     return srgan.prepare("synthetic", tmp_path_factory.mktemp("data") / "store", limit=34)
 
 

@@ -8,6 +8,8 @@ from torch import nn
 
 import srgan_utils as srgan
 
+torch.set_num_threads(1)  # for networks as small as these, threads cost more than they bring
+
 CPU = torch.device("cpu")
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -234,7 +236,8 @@ def test_icnr_starts_as_a_nearest_neighbour_enlargement():
     torch.testing.assert_close(block.shuffle(block.conv(x)), nearest)
     assert quarter.std() > 0.1  # of distinct filters
     plain = srgan.UpsampleBlock(8)
-    assert (plain.shuffle(plain.conv(x)) - plain.conv(x)[:, ::4].repeat_interleave(2, 2).repeat_interleave(2, 3)).abs().max() > 0.1
+    shuffled = plain.shuffle(plain.conv(x))
+    assert (shuffled[..., ::2, ::2] - shuffled[..., 1::2, ::2]).abs().max() > 0.1  # torch's default start is not
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])

@@ -81,8 +81,8 @@ def test_badges_and_set_up_cells_agree_with_the_one_address():
         assert f"https://colab.research.google.com/github/{owner_and_name}/blob/main/notebooks/{stem}.ipynb" in text
     assert all(f'REPOSITORY = "{owner_and_name}"' in cells(path)[0] for path in NOTEBOOKS)
     files = [ROOT / "README.md", ROOT / "srgan_utils.py", *NOTEBOOKS]
-    others = {found for file in files for found in re.findall(r"(?:colab\.research\.google\.com/)?github(?:\.com)?/([\w.-]+/srgan[\w.-]*)",
-                                                              file.read_text())}
+    addresses = re.compile(r"github(?:\.com)?/([\w.-]+/srgan[\w.-]*)")
+    others = {found for file in files for found in addresses.findall(file.read_text())}
     assert others <= {owner_and_name}
 
 
@@ -102,8 +102,8 @@ def published(tmp_path_factory) -> dict[str, str]:
     clone = tmp_path_factory.mktemp("published") / "project"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".git", "srgan-work", "demo-out", "__pycache__", ".*cache"))
     git = ["git", "-C", str(clone), "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["init", "--quiet", "--initial-branch", "main"], ["add", "--all"], ["commit", "--quiet", "--message", "published"]):
-        subprocess.run([*git, *command], check=True)
+    for command in ("init --quiet --initial-branch main", "add --all", "commit --quiet --message published"):
+        subprocess.run([*git, *command.split()], check=True)
     return {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{clone}.insteadOf",
             "GIT_CONFIG_VALUE_0": f"https://github.com/{srgan.REPOSITORY}"}
 
