@@ -1550,7 +1550,8 @@ def ssim(sr: Tensor, hr: Tensor) -> Tensor:
     """Structural similarity of each image, 1 for identical ones, (N,): Gaussian window of 11 px, sigma 1.5."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none").reshape(-1)
+    # in float64: in float32 an image is only 0.99998 like itself
+    return structural_similarity_index_measure(sr.double(), hr.double(), data_range=1.0, reduction="none").reshape(-1).float()
 
 
 def lpips(sr: Tensor, hr: Tensor) -> Tensor:
@@ -1636,7 +1637,10 @@ def _unpack(data: bytes, name: object) -> dict:
     body = memoryview(data)[:-64]
     if bytes(body[-len(_SEAL):]) != _SEAL or hashlib.sha256(body).hexdigest().encode() != data[-64:]:
         raise ValueError(f"{name} is damaged or cut off (its checksum does not fit)")
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # torch raises pickle's errors and its own
+        raise ValueError(f"{name} holds more than plain data, or is no checkpoint: it was not opened") from None
     _check_format(state, _FORMAT, name)
     return state
 
@@ -1649,8 +1653,10 @@ def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> bytes:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = _pack({"format": _FORMAT} | state)
-    _write_atomically(folder / f"update-{state['update']:08d}.pt", data)
-    for old in sorted(folder.glob("update-*.pt"))[:-keep]:
+    path = folder / f"update-{state['update']:08d}.pt"
+    _write_atomically(path, data)
+    # those of later updates, which only a damaged checkpoint leaves behind, do not count
+    for old in [each for each in sorted(folder.glob("update-*.pt")) if each.name <= path.name][:-keep]:
         old.unlink()
     return data
 
@@ -1748,7 +1754,7 @@ class Backup:
                 self._copy(*job)
                 delay, retry, self._warned = 1.0, None, False
                 self.status = f"update {job[1]} at {time.strftime('%H:%M:%S')}"
-            except OSError as error:
+            except Exception as error:  # whatever it is, it must not end the backups
                 self._warn(error)
                 if self._closing and delay > 30:
                     return
@@ -1756,7 +1762,7 @@ class Backup:
                 if self._closing:
                     time.sleep(delay)
 
-    def _warn(self, error: OSError) -> None:
+    def _warn(self, error: Exception) -> None:
         if not self._warned:
             print(f"WARNING: the backup in {self.folder} fails ({_one_line(error)}); training goes on and it is tried again; "
                   f"last good backup: {self.status}", file=sys.stderr)
@@ -1765,8 +1771,12 @@ class Backup:
     def _copy(self, data: bytes, update: int, files: Sequence[Path]) -> None:
         _check_mounted(self.folder)
         manifest = self.folder / "manifest.json"
-        last = _read_json(manifest, "")["slot"] if manifest.exists() and manifest.stat().st_size else _SLOTS[1]
-        slot = self.folder / _SLOTS[1 - _SLOTS.index(last)]
+        try:
+            last = _SLOTS.index(_read_json(manifest, "")["slot"])
+        except (OSError, ValueError, KeyError):  # none yet, or half-written: then the older slot goes
+            ages = [path.stat().st_mtime if (path := self.folder / name).exists() else 0 for name in _SLOTS]
+            last = ages.index(max(ages))
+        slot = self.folder / _SLOTS[1 - last]
         slot.write_bytes(data)
         if slot.read_bytes() != data:
             raise OSError(f"{slot} does not read back as written")
@@ -2305,8 +2315,13 @@ class _Run:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
 
     def resume(self, saved: dict) -> None:
+        for name, value in asdict(self.state.config).items():
+            if saved["store"] != self.store.fingerprint or (name not in _FREE_TO_CHANGE and value != saved["config"].get(name)):
+                raise ValueError(f"the newest checkpoint of {self.folder} or of its backup is another run's: "
+                                 "name another backup folder")
         for name, part in self.state.parts().items():
-            part.load_state_dict(saved[name])
+            if saved.get(name):  # the scaler's is empty where the run began without fp16
+                part.load_state_dict(saved[name])
         self.state.update, self.seconds_before = saved["update"], saved["seconds"]
         _write_atomically(self.folder / "history.csv", saved["history"].encode())  # drops rows that would come twice
         self.saved_update = saved["update"]
@@ -2333,9 +2348,9 @@ class _Run:
     def _require_finite(self, step: int) -> None:
         for name, value in self.losses.items():
             if not math.isfinite(value):
-                saved = f"the last good checkpoint is of update {self.saved_update}" if self.saved_update > 0 else "none is saved yet"
-                raise FloatingPointError(f"update {step}: {name} is {value}; {saved}, in {self.folder / 'ckpt'}: "
-                                         "try a lower learning_rate or precision=fp32 in a new run")
+                saved = f"of update {self.saved_update}" if self.saved_update > 0 else "not there yet"
+                raise FloatingPointError(f"update {step}: {name} is {value}; the last good checkpoint is {saved} "
+                                         f"({self.folder / 'ckpt'}): try a lower learning_rate or precision=fp32 in a new run")
 
     def save(self) -> None:
         """A checkpoint with all that resuming needs, and the generator in use beside it."""
@@ -2426,9 +2441,9 @@ class _Run:
                         saved, self.backup.status if self.backup else "", done)
 
 
-def _restore_from_backup(folder: Path, backup: Path | None) -> None:
+def _restore_from_backup(folder: Path, backup: Path) -> None:
     """On a fresh machine, take the small files of a run from its backup."""
-    if backup and (backup / "config.json").exists() and not (folder / "config.json").exists():
+    if (backup / "config.json").exists() and not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("pretrained.safetensors", "generator.safetensors", "config.json"):
             if (backup / name).exists():
@@ -2447,7 +2462,9 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
     """
     folder, device = Path(folder), pick_device()
     backup = Path(backup) if backup else None
-    _restore_from_backup(folder, backup)
+    if backup:
+        _check_mounted(backup)
+        _restore_from_backup(folder, backup)
     config, notes = _open_run(folder, store, preset, changes or {}, device, for_minutes)
     saved = newest_checkpoint(folder / "ckpt", backup)
     run = _Run(folder, store, TrainState.create(config, device), Backup(backup) if backup else None, max_minutes)
@@ -2672,8 +2689,9 @@ def _train_command(args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         print(f"\n{stop or 'stopped'}", file=sys.stderr)
         raise SystemExit(130) from None
-    state = "finished" if event.step >= event.total else f"stopped at update {event.step} of {event.total}, run it again to continue"
-    print(f"{folder}: {state}; generator.safetensors is the network to use")
+    if event.step < event.total:
+        print(f"{folder}: stopped at update {event.step} of {event.total}; run it again to continue")
+    print(f"{folder / 'generator.safetensors'} is the network to use")
 
 
 def _write_comparison(store: FaceStore, generator: Generator, config: Config, folder: Path, split: str, count: int | None,

@@ -1,8 +1,11 @@
 """What several test files need: a small store of synthetic faces, and tiny networks."""
 
 import pytest
+import torch
 
 import srgan_utils as srgan
+
+torch.set_num_threads(1)  # for networks as small as these, threads cost more than they bring
 
 # Seconds instead of minutes: one block, few channels, 32-px faces
 TINY = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32",

@@ -12,8 +12,6 @@ from conftest import TINY
 
 import srgan_utils as srgan
 
-torch.set_num_threads(1)  # for networks as small as these, threads cost more than they bring
-
 DRIVE = Path("/content/drive")
 
 

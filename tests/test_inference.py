@@ -10,8 +10,6 @@ import torch
 
 import srgan_utils as srgan
 
-torch.set_num_threads(1)  # for networks as small as these, threads cost more than they bring
-
 NET = {"channels": 8, "residual_blocks": 2, "precision": "fp32"}
 LEVEL = 1 / 255
 

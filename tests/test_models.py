@@ -8,8 +8,6 @@ from torch import nn
 
 import srgan_utils as srgan
 
-torch.set_num_threads(1)  # for networks as small as these, threads cost more than they bring
-
 CPU = torch.device("cpu")
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)

@@ -13,8 +13,6 @@ from conftest import TINY
 
 import srgan_utils as srgan
 
-torch.set_num_threads(1)  # for networks as small as these, threads cost more than they bring
-
 CPU = torch.device("cpu")
 REPORT = {"hr_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32", "content": "pixel"}
 
