@@ -127,7 +127,7 @@ class Config:
     channels: int = 64
     residual_blocks: int = 8
     kernel_size: int = 3              # of the first and the last convolution
-    batch_norm: float = 0.0           # momentum of the generator's BatchNorm; 0: none
+    batch_norm: float = 0.0           # momentum of BatchNorm; 0: none (a dense discriminator then keeps 0.1)
     shared_upsampling: bool = False   # one up-sampling block applied log2(scale) times, as the report did
     icnr: bool = True                 # start the up-sampling free of checkerboard (arXiv:1707.02937)
     skip: bool = True                 # the network adds detail to a bicubic enlargement
@@ -173,6 +173,8 @@ class Config:
     sample_steps: int = 500           # updates between two sample strips
 
     def __post_init__(self):
+        if self.preset_name not in PRESETS:
+            raise ValueError(f"there is no preset {self.preset_name!r}: {_suggest(self.preset_name, list(PRESETS))}")
         for item in fields(self):
             setattr(self, item.name, _checked(item.name, item.type, getattr(self, item.name)))
         dense = self.discriminator == "dense"
@@ -181,17 +183,13 @@ class Config:
             if value % of:
                 nearest = max(of, round(value / of) * of)
                 raise ValueError(f"{name}={value} is not a multiple of {why}; the nearest that is: {nearest}")
-        if self.preset_name not in PRESETS:
-            raise ValueError(f"there is no preset {self.preset_name!r}: {_suggest(self.preset_name, list(PRESETS))}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} is even; try {self.kernel_size + 1}")
 
     @classmethod
     def preset(cls, name: str, **changes) -> Config:
         """The preset `name` (report, paper, sharp or demo) with `changes`. ValueError if there is none."""
-        if name not in PRESETS:
-            raise ValueError(f"there is no preset {name!r}: {_suggest(name, list(PRESETS))}")
-        return cls.from_dict({"preset_name": name} | PRESETS[name] | changes)
+        return cls.from_dict({"preset_name": name} | PRESETS.get(name, {}) | changes)
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
@@ -238,6 +236,8 @@ def _checked(name: str, kind: str, value):
         value = int(value)
     if kind == "float" and type(value) is int:
         value = float(value)
+    if kind == "bool" and type(value) is int and value in (0, 1):
+        value = bool(value)
     valid = type(value).__name__ == kind and value == value  # value != value: not a number
     if name in _CHOICES:
         if not valid or value not in _CHOICES[name]:
@@ -258,21 +258,13 @@ def _choice_error(name: str, value) -> str:
     return f"{name}={value!r}: {_suggest(value, [str(choice) for choice in _CHOICES[name]])}"
 
 
-def _parsed(name: str, text: str):
-    """The value of field `name` written as `text` on a command line. ValueError if it cannot be one."""
-    kinds = {item.name: item.type for item in fields(Config)}
-    if name not in kinds:
-        raise ValueError(f"there is no field {name!r}: {_suggest(name, list(kinds))}")
-    kind = kinds[name]
-    if kind.endswith("| None") and text.lower() == "none":
-        return None
-    if kind == "bool" and text.lower() in ("true", "false", "1", "0"):
-        return text.lower() in ("true", "1")
-    value = text
-    if kind != "str":
+def _parsed(text: str):
+    """What `text` on a command line means: true, false, none, a whole number, a number, or else itself."""
+    words = {"true": True, "false": False, "none": None}
+    for kind in (int, float):
         with contextlib.suppress(ValueError):
-            value = int(text) if text.lstrip("+-").isdigit() else float(text)
-    return _checked(name, kind, value)
+            return kind(text)
+    return words.get(text.lower(), text)
 
 
 # The report's discriminator and data, which the paper's preset shares where the report followed the paper
@@ -323,9 +315,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         modern = torch.cuda.get_device_capability(device)[0] >= 8
         return {"auto": "bf16" if modern else "fp16", "bf16": "bf16" if modern else "fp16"}.get(precision, precision)
     native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
-    if precision in ("auto", "fp16"):
-        return "bf16" if native else "fp32"
-    return precision
+    return "fp32" if precision == "fp32" or not native else "bf16"
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -437,9 +427,6 @@ def _to_rgb(image):
         levels = np.asarray(image, dtype=np.int64)
         deep = image.mode.startswith("I;16") or levels.max(initial=0) > 255  # mode I does not tell 8 from 16 bits
         image = Image.fromarray((levels >> 8 if deep else levels).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        levels = np.nan_to_num(np.asarray(image))
-        image = Image.fromarray((levels * (255 if levels.max(initial=0) <= 1 else 1)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
@@ -510,20 +497,22 @@ def luma(images: Tensor) -> Tensor:
     return ((images * weights).sum(1, keepdim=True) + 16) / 255
 
 
-def _imagenet(like: Tensor) -> tuple[Tensor, Tensor]:
-    mean = like.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-    return mean, like.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+@lru_cache
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, made once per device: a copy to a GPU in every forward pass would make the host wait."""
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(2, 1, 3, 1, 1)
+    return mean, std
 
 
 def to_imagenet(images: Tensor) -> Tensor:
     """[0, 1] to the mean and deviation of ImageNet, which VGG19 was trained with: about [-2.1, 2.6]."""
-    mean, std = _imagenet(images)
+    mean, std = _imagenet(images.device)
     return (images - mean) / std
 
 
 def from_imagenet(images: Tensor) -> Tensor:
     """The inverse of `to_imagenet`; not clamped."""
-    mean, std = _imagenet(images)
+    mean, std = _imagenet(images.device)
     return images * std + mean
 
 
@@ -773,11 +762,6 @@ class Source:
     read: Callable
 
 
-def _file_hash(path: Path, algorithm: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
 def _hidden(name: str) -> bool:
     """Whether an archive's or a system's own litter (.DS_Store, __MACOSX, Thumbs.db)."""
     parts = Path(name).parts
@@ -890,10 +874,15 @@ def _celeba_at(place: Path) -> Source | None:
     path = place / _CELEBA["zip"]
     if not path.is_file():
         return None
+    if Path("/content/drive") in place.parents:  # Drive is slow at small reads: one copy, then all from this disk
+        print(f"copying {path} to this machine ...")
+        path = Path(shutil.copyfile(path, _downloads() / _CELEBA["zip"]))
     if path.stat().st_size != _CELEBA["bytes"]:
         print(f"{path} is not CelebA's: {path.stat().st_size:,} bytes instead of {_CELEBA['bytes']:,}; left alone")
         return None
-    if _file_hash(path, "md5") != _CELEBA["md5"]:
+    with open(path, "rb") as file:
+        right = hashlib.file_digest(file, "md5").hexdigest() == _CELEBA["md5"]
+    if not right:
         print(f"{path} is damaged (its md5 is not CelebA's); left alone")
         return None
     return _open_zip(path, "celeba")
@@ -1055,8 +1044,8 @@ def _check_format(record: dict, newest: int, what: object) -> None:
         raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
 
 
-def _journal(path: Path, header: dict, pixels: Path) -> tuple[list[dict], int]:
-    """The blocks that an interrupted preparation has finished, and their rows; a fresh journal if it was another's."""
+def _journal(path: Path, header: dict, pixels: Path) -> list[dict]:
+    """The blocks that an interrupted preparation has finished; a fresh journal if it was another's."""
     blocks = []
     if path.exists():
         with contextlib.suppress(ValueError):  # the last line may be half-written
@@ -1069,7 +1058,7 @@ def _journal(path: Path, header: dict, pixels: Path) -> tuple[list[dict], int]:
         pixels.write_bytes(b"")
     path.write_text("".join(json.dumps(block) + "\n" for block in blocks), encoding="utf-8")
     os.truncate(pixels, rows * row_bytes)
-    return blocks[1:], rows
+    return blocks[1:]
 
 
 def _prepare_block(source: Source, names: list[str], pool, bar, file) -> dict:
@@ -1135,7 +1124,7 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     pixels, journal = folder / "faces.u8", folder / "journal.jsonl"
     signature = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    blocks, _ = _journal(journal, {"format": _STORE_FORMAT, "source": source, "names": signature}, pixels)
+    blocks = _journal(journal, {"format": _STORE_FORMAT, "source": source, "names": signature}, pixels)
     with (ThreadPoolExecutor(os.cpu_count()) as pool, open(pixels, "ab") as file, open(journal, "a") as log,
           tqdm(total=len(names), desc="preparing", unit="face", mininterval=0.5) as bar):
         bar.update(len(blocks) * _BLOCK)
@@ -1195,7 +1184,9 @@ class FaceStore:
 
     def verify(self) -> None:
         """Check every block against its checksum; ValueError names the first that is damaged."""
-        for block in range(len(self._sums)):
+        from tqdm import tqdm
+
+        for block in tqdm(range(len(self._sums)), desc="checking", unit="block", mininterval=1, disable=len(self._sums) < 20):
             self._check(block)
 
     def indices(self, split: str) -> np.ndarray:
@@ -1229,7 +1220,9 @@ def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
 
     def place(name, count):
         known = str(name) in ("celeba", "portraits", "synthetic")
-        word = str(name) if known else f"{Path(name).stem}-{zlib.crc32(str(Path(name).resolve()).encode()):08x}"
+        path = Path(name)  # a folder that has changed since is another source
+        told = f"{path.resolve()} {path.stat().st_mtime_ns if path.exists() else 0}"
+        word = str(name) if known else f"{path.stem}-{zlib.crc32(told.encode()):08x}"
         return stores / f"{word}-{count or 'all'}"
 
     try:
@@ -1383,7 +1376,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         if config.discriminator == "dense":
-            self.layers = self._dense_layers(0.8 if config.preset_name == "report" else 0.1)
+            self.layers = self._dense_layers(config.batch_norm or 0.1)
             inputs = 512 * (config.patch // 16) ** 2
             self.head = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 1024), nn.LeakyReLU(0.2), nn.Linear(1024, 1))
         else:
@@ -1554,18 +1547,23 @@ def ssim(sr: Tensor, hr: Tensor) -> Tensor:
     return structural_similarity_index_measure(sr.double(), hr.double(), data_range=1.0, reduction="none").reshape(-1).float()
 
 
+@lru_cache(maxsize=1)
+def _lpips_network(device: torch.device) -> nn.Module:
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+
+
 def lpips(sr: Tensor, hr: Tensor) -> Tensor:
     """Learned perceptual distance of each image (AlexNet), 0 for identical ones, (N,). Downloads its network.
 
     Raises ConnectionError if that fails.
     """
-    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
-
     try:
-        return torch.stack([distance(a[None].clamp(0, 1), b[None].clamp(0, 1), net_type="alex", normalize=True)
-                            for a, b in zip(sr, hr)])
+        network = _lpips_network(sr.device)
     except OSError as error:
         raise ConnectionError(f"LPIPS could not fetch its network ({_one_line(error)}): leave --lpips out") from None
+    return torch.stack([network(a[None].clamp(0, 1), b[None].clamp(0, 1)) for a, b in zip(sr, hr)]).detach()
 
 
 def _gradient_energy(images: Tensor) -> Tensor:
@@ -1623,47 +1621,51 @@ _SLOTS = ("slot_a.pt", "slot_b.pt")
 _SEAL = b"sha256:"
 
 
-def _pack(state: dict) -> bytes:
-    """`state` as torch.save writes it, with the SHA-256 of all that as the comment that a zip file may end in."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    comment_bytes = (len(_SEAL) + 64).to_bytes(2, "little")
-    body = buffer.getvalue()[:-2] + comment_bytes + _SEAL
-    return body + hashlib.sha256(body).hexdigest().encode()
+def _seal_fits(path: Path) -> bool:
+    """Whether the file ends in the SHA-256 of all that comes before it."""
+    digest, left = hashlib.sha256(), path.stat().st_size - 64
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return file.read() == digest.hexdigest().encode()
 
 
-def _unpack(data: bytes, name: object) -> dict:
-    """The inverse of `_pack`. ValueError if a byte is damaged, the format newer, or more than plain data in it."""
-    body = memoryview(data)[:-64]
-    if bytes(body[-len(_SEAL):]) != _SEAL or hashlib.sha256(body).hexdigest().encode() != data[-64:]:
-        raise ValueError(f"{name} is damaged or cut off (its checksum does not fit)")
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # torch raises pickle's errors and its own
-        raise ValueError(f"{name} holds more than plain data, or is no checkpoint: it was not opened") from None
-    _check_format(state, _FORMAT, name)
-    return state
+def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> Path:
+    """Write `state` (plain data with an `update`) into `folder`, never half-written; keep the newest `keep`. Returns the file.
 
-
-def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> bytes:
-    """Write `state` (plain data with an `update`) into `folder`, never half-written; keep the newest `keep`.
-
-    Returns the file's bytes, for a backup.
+    It is what torch.save writes, with the SHA-256 of all that as the comment that a zip file may end in.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = _pack({"format": _FORMAT} | state)
-    path = folder / f"update-{state['update']:08d}.pt"
-    _write_atomically(path, data)
+    path, partial = folder / f"update-{state['update']:08d}.pt", folder / "checkpoint.part"
+    with open(partial, "w+b") as file:
+        torch.save({"format": _FORMAT} | state, file)
+        file.seek(-2, os.SEEK_END)  # the length of the comment
+        file.write((len(_SEAL) + 64).to_bytes(2, "little") + _SEAL)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
     # those of later updates, which only a damaged checkpoint leaves behind, do not count
     for old in [each for each in sorted(folder.glob("update-*.pt")) if each.name <= path.name][:-keep]:
         old.unlink()
-    return data
+    return path
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The plain data of one checkpoint. ValueError if it does not verify; code in it is never run."""
-    return _unpack(Path(path).read_bytes(), path)
+    """The plain data of one checkpoint. ValueError if a byte is damaged, the format newer, or more than plain data in it."""
+    if not _seal_fits(Path(path)):
+        raise ValueError(f"{path} is damaged or cut off (its checksum does not fit)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # never runs what is in it
+    except Exception:  # torch raises pickle's errors and its own
+        raise ValueError(f"{path} holds more than plain data, or is no checkpoint: it was not opened") from None
+    _check_format(state, _FORMAT, path)
+    return state
 
 
 def _newest_of(paths: Sequence[Path], damaged: list[str]) -> dict | None:
@@ -1684,7 +1686,7 @@ def newest_checkpoint(folder: str | Path, backup: str | Path | None = None) -> d
     damaged: list[str] = []
     state = _newest_of(sorted(Path(folder).glob("update-*.pt"), reverse=True), damaged)
     backup = Path(backup) if backup else None
-    if backup and _backup_update(backup) >= (state["update"] if state else 0):
+    if backup and _backup_update(backup) > (state["update"] if state else -1):
         slots = [found for slot in _SLOTS if (backup / slot).exists() and (found := _newest_of([backup / slot], damaged))]
         state = max([state, *slots] if state else slots, key=lambda each: each["update"], default=None)
     if damaged and state is None:
@@ -1726,10 +1728,10 @@ class Backup:
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def submit(self, data: bytes, update: int, files: Sequence[Path]) -> None:
-        """Have a checkpoint's bytes and small `files` copied; one still waiting is replaced."""
+    def submit(self, checkpoint: Path, update: int, files: Sequence[Path]) -> None:
+        """Have a checkpoint and small `files` copied; one still waiting is replaced."""
         with self._wake:
-            self._waiting = (data, update, list(files))
+            self._waiting = (checkpoint, update, list(files))
             self._wake.notify()
 
     def close(self) -> None:
@@ -1746,6 +1748,8 @@ class Backup:
                 if not self._waiting and not self._closing:
                     self._wake.wait(delay if retry else None)
                 job, self._waiting = self._waiting or retry, None
+                if job is retry and job and not job[0].exists():  # newer checkpoints have replaced it
+                    job = retry = None
                 if job is None:
                     if self._closing:
                         return
@@ -1768,7 +1772,7 @@ class Backup:
                   f"last good backup: {self.status}", file=sys.stderr)
         self._warned = True
 
-    def _copy(self, data: bytes, update: int, files: Sequence[Path]) -> None:
+    def _copy(self, checkpoint: Path, update: int, files: Sequence[Path]) -> None:
         _check_mounted(self.folder)
         manifest = self.folder / "manifest.json"
         try:
@@ -1777,13 +1781,14 @@ class Backup:
             ages = [path.stat().st_mtime if (path := self.folder / name).exists() else 0 for name in _SLOTS]
             last = ages.index(max(ages))
         slot = self.folder / _SLOTS[1 - last]
-        slot.write_bytes(data)
-        if slot.read_bytes() != data:
+        for path in files:  # first, so that no slot is without its run's config; and only what is new
+            copy = self.folder / path.name
+            if path.exists() and not (copy.exists() and copy.read_bytes() == path.read_bytes()):
+                shutil.copyfile(path, copy)
+        shutil.copyfile(checkpoint, slot)
+        if not _seal_fits(slot):
             raise OSError(f"{slot} does not read back as written")
-        for path in files:
-            if path.exists():
-                shutil.copyfile(path, self.folder / path.name)
-        record = {"slot": slot.name, "update": update, "bytes": len(data), "saved": time.strftime("%Y-%m-%d %H:%M:%S")}
+        record = {"slot": slot.name, "update": update, "bytes": slot.stat().st_size, "saved": time.strftime("%Y-%m-%d %H:%M:%S")}
         manifest.write_text(json.dumps(record))
 
 
@@ -1791,8 +1796,7 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
     digest = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy() if tensors[name].dim() else
-                      tensors[name].numpy().tobytes())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -1826,7 +1830,9 @@ def load_generator(path: str | Path, scale: int | None = None) -> tuple[Generato
         about = json.loads(metadata["srgan"])
         if metadata["sha256"] != _digest(tensors, metadata["srgan"]):
             raise ValueError("its checksum does not fit")
-    except KeyError:
+        if not isinstance(about["config"], dict):
+            raise KeyError("config")
+    except (KeyError, TypeError):
         raise ValueError(f"{path} is safetensors, but not a generator of this project") from None
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from None
@@ -1846,9 +1852,10 @@ def find_generator(scale: int, *folders: str | Path) -> Path | None:
     """The newest generator for `scale` in the workspace's runs or in `folders` (Drive, say), else the shipped one, else None."""
     found = []
     for folder in (workspace() / "runs", *folders):
-        found += Path(folder).rglob("generator.safetensors")
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(OSError):  # Drive may have gone
+            found += [(path.stat().st_mtime, path) for path in Path(folder).rglob("generator.safetensors")]
+    for _, path in sorted(found, reverse=True):
+        with contextlib.suppress(ValueError, OSError):
             load_generator(path, scale)
             return path
     shipped = _shipped_weights(scale)
@@ -1887,9 +1894,6 @@ def upscale(image: Tensor, generator: Generator, config: Config, tile: int | Non
 # -----------------------------------------------------------------------------
 # 10. Evaluation: one row per image, bicubic and HR beside it
 # -----------------------------------------------------------------------------
-
-_METRICS = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y", "sharpness", "checkerboard")
-
 
 def _scores(images: Tensor, hr: Tensor, with_lpips: bool) -> dict[str, list[float]]:
     y, hr_y = luma(images), luma(hr)
@@ -1942,13 +1946,12 @@ def summarise(rows: Sequence[dict], config: Config, split: str) -> dict:
 
 def results_table(summary: dict) -> str:
     """A summary as a table for people."""
+    metrics = list(summary["srgan"])
     lines = [f"{summary['images']} {summary['split']} faces at {summary['scale']}x, {summary['crop']} -> {summary['hr_size']} px",
-             f"{'':10}{'PSNR rgb':>10}{'SSIM rgb':>10}{'PSNR y':>10}{'SSIM y':>10}{'sharpness':>11}{'checkerboard':>14}"]
+             " " * 8 + "".join(f"{metric:>13}" for metric in metrics)]
     for method in ("bicubic", "srgan", "hr"):
-        cells = [summary[method].get(metric) for metric in _METRICS]
-        digits = [2 if "psnr" in metric else 3 for metric in _METRICS]
-        texts = ["" if cell is None else f"{cell:.{places}f}" for cell, places in zip(cells, digits)]
-        lines.append(f"{method:10}" + "".join(f"{text:>{width}}" for text, width in zip(texts, (10, 10, 10, 10, 11, 14))))
+        cells = [(summary[method].get(metric), 2 if "psnr" in metric else 3) for metric in metrics]
+        lines.append(f"{method:8}" + "".join(" " * 13 if cell is None else f"{cell:13.{digits}f}" for cell, digits in cells))
     return "\n".join(lines)
 
 
@@ -2233,6 +2236,8 @@ def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minu
     """`config` with its stages shortened or lengthened, in proportion, to fill `minutes`, by timing some updates."""
     warm, timed = 2, 4
     trial = replace(config, **{name: warm + timed for name in ("pretrain_steps", "steps") if getattr(config, name)})
+    for number in range(trial.total_steps):
+        batch(store, trial, number, device)  # a block's first use checks it, which is not what is timed here
     state, seconds = TrainState.create(trial, device), {}
     for count in (trial.pretrain_steps, trial.steps):
         for number in range(count):
@@ -2248,7 +2253,7 @@ def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minu
 
 def _open_run(folder: Path, store: FaceStore, preset: str | None, changes: dict, device: torch.device,
               for_minutes: float | None) -> tuple[Config, list[str]]:
-    """The config of the run in `folder`, written there if it is new, and what there is to say about it."""
+    """The config of the run in `folder`, new or continued, and what there is to say about it."""
     path, notes = folder / "config.json", []
     if path.exists():
         record = _read_json(path, "restore it, or start a new run in another folder")
@@ -2260,14 +2265,23 @@ def _open_run(folder: Path, store: FaceStore, preset: str | None, changes: dict,
             raise ValueError(f"{folder} has checkpoints but no config.json: start a new run in another folder")
         config = Config.preset("sharp" if preset is None else preset, **changes).for_faces(len(store.indices("train")))
     precision = resolve_precision(config.precision, device)
-    if path.exists() and precision != config.precision:
+    if config.precision not in ("auto", precision):
         notes.append(f"precision changes from {config.precision} to {precision}, which is what this device has")
     config = replace(config, precision=precision)
     if for_minutes and not path.exists():
         config = _fit_to_minutes(config, store, device, for_minutes)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(path, {"format": _FORMAT, "store": store.fingerprint, "config": asdict(config), "environment": environment()})
     return config, notes
+
+
+def _require_same_run(place: Path, record: dict, store: FaceStore, config: Config) -> None:
+    """ValueError if what `record`, found in `place`, was made with other faces or with another config than `config`."""
+    if record.get("store") != store.fingerprint:
+        raise ValueError(f"{place} was trained on other faces than those in {store.folder}: name the store it began with, "
+                         "or another folder")
+    for name, value in asdict(config).items():
+        old = record["config"].get(name)
+        if value != old and name not in _FREE_TO_CHANGE:
+            raise ValueError(f"{place} was started with {name}={old}, not {value}: start a new run in another folder")
 
 
 def _continued(folder: Path, record: dict, store: FaceStore, given: dict) -> Config:
@@ -2275,15 +2289,9 @@ def _continued(folder: Path, record: dict, store: FaceStore, given: dict) -> Con
     _check_format(record, _FORMAT, folder / "config.json")
     if not isinstance(record.get("config"), dict):
         raise ValueError(f"{folder / 'config.json'} is damaged: restore it, or start a new run in another folder")
-    if record.get("store") != store.fingerprint:
-        raise ValueError(f"{folder} was trained on other faces than those in {store.folder}: name the store it began with, "
-                         "or start a new run in another folder")
-    config = Config.from_dict(record["config"])
-    for name, value in asdict(replace(config, **given)).items():
-        old = getattr(config, name)
-        if value != old and name not in _FREE_TO_CHANGE:
-            raise ValueError(f"{folder} was started with {name}={old}, not {value}: start a new run in another folder")
-    return replace(config, **given)
+    config = Config.from_dict(record["config"] | given)
+    _require_same_run(folder, record, store, config)
+    return config
 
 
 @contextlib.contextmanager
@@ -2303,8 +2311,9 @@ def _interrupts_held() -> Iterator[list]:
 class _Run:
     """The files and the clock of one training run; `advance` does updates until there is something to report."""
 
-    def __init__(self, folder: Path, store: FaceStore, state: TrainState, backup: Backup | None, max_minutes: float | None):
-        self.folder, self.store, self.state, self.backup = folder, store, state, backup
+    def __init__(self, folder: Path, store: FaceStore, state: TrainState, max_minutes: float | None):
+        self.folder, self.store, self.state = folder, store, state
+        self.backup: Backup | None = None
         self.began = self.saved_at = self.reported = time.perf_counter()
         self.deadline = self.began + max_minutes * 60 if max_minutes else math.inf
         self.seconds_before, self.pending, self.pace = 0.0, [], {}
@@ -2315,10 +2324,7 @@ class _Run:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
 
     def resume(self, saved: dict) -> None:
-        for name, value in asdict(self.state.config).items():
-            if saved["store"] != self.store.fingerprint or (name not in _FREE_TO_CHANGE and value != saved["config"].get(name)):
-                raise ValueError(f"the newest checkpoint of {self.folder} or of its backup is another run's: "
-                                 "name another backup folder")
+        _require_same_run(self.folder / "ckpt", saved, self.store, self.state.config)
         for name, part in self.state.parts().items():
             if saved.get(name):  # the scaler's is empty where the run began without fp16
                 part.load_state_dict(saved[name])
@@ -2335,38 +2341,41 @@ class _Run:
         path = self.folder / "history.csv"
         new = not path.exists()
         with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _HISTORY, restval="")
+            writer = csv.DictWriter(file, _HISTORY, restval="", lineterminator="\n")
             if new:
                 writer.writeheader()
             for row, losses in self.pending:
                 self.losses = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
-                self._require_finite(row["step"])
+                for name, value in self.losses.items():
+                    if not math.isfinite(value):
+                        self._stop(row["step"], name, value)
                 numbers = {name: f"{value:.6g}" for name, value in self.losses.items()}
                 writer.writerow(row | numbers | {"seconds": f"{self.seconds:.1f}"})
         self.pending = []
 
-    def _require_finite(self, step: int) -> None:
-        for name, value in self.losses.items():
-            if not math.isfinite(value):
-                saved = f"of update {self.saved_update}" if self.saved_update > 0 else "not there yet"
-                raise FloatingPointError(f"update {step}: {name} is {value}; the last good checkpoint is {saved} "
-                                         f"({self.folder / 'ckpt'}): try a lower learning_rate or precision=fp32 in a new run")
+    def _stop(self, step: int, name: str, value: float) -> None:
+        saved = f"of update {self.saved_update}" if self.saved_update > 0 else "not there yet"
+        raise FloatingPointError(f"update {step}: {name} is {value}; the last good checkpoint is {saved} "
+                                 f"({self.folder / 'ckpt'}): try a lower learning_rate or precision=fp32 in a new run")
 
-    def save(self) -> None:
-        """A checkpoint with all that resuming needs, and the generator in use beside it."""
+    def save(self, measure: bool = False) -> None:
+        """A checkpoint with all that resuming needs, and the generator in use beside it; `measure` as for `export`."""
         self.flush()
         state = self.state
         if self.saved_update == state.update:
             return
+        networks = (state.generator, state.discriminator)
+        if not all(p.isfinite().all() for network in networks for p in network.parameters()):
+            self._stop(state.update, "a weight", math.nan)  # the losses tell only of the weights before the last step
         parts = {name: part.state_dict() for name, part in state.parts().items()}
         history = (self.folder / "history.csv").read_text(encoding="utf-8")
-        data = save_checkpoint(self.folder / "ckpt", parts | {"update": state.update, "seconds": self.seconds, "history": history,
+        path = save_checkpoint(self.folder / "ckpt", parts | {"update": state.update, "seconds": self.seconds, "history": history,
                                                               "config": asdict(state.config), "store": self.store.fingerprint})
         self.saved_update, self.saved_at = state.update, time.perf_counter()
-        self.export("generator")
+        self.export("generator", measure)
         if self.backup:
             names = ("config.json", "history.csv", "pretrained.safetensors", "generator.safetensors")
-            self.backup.submit(data, state.update, [self.folder / name for name in names])
+            self.backup.submit(path, state.update, [self.folder / name for name in names])
 
     def export(self, name: str, measure: bool = False) -> None:
         """Write the generator in use as NAME.safetensors; `measure` adds its scores on up to 32 validation faces."""
@@ -2431,11 +2440,9 @@ class _Run:
             self.export("pretrained", measure=True)
         saved = worked and bool(done or held or self._save_due())
         if saved:
-            self.save()
+            self.save(measure=done)
         if held:
             raise KeyboardInterrupt(f"stopped at update {state.update} of {config.total_steps}; saved, run again to continue")
-        if done:
-            self.export("generator", measure=True)
         images_per_second = config.batch_size / self.pace.get(stage, math.inf)
         return Progress(state.update, config.total_steps, stage, self.losses, images_per_second, self._seconds_left(), sample,
                         saved, self.backup.status if self.backup else "", done)
@@ -2466,13 +2473,21 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
         _check_mounted(backup)
         _restore_from_backup(folder, backup)
     config, notes = _open_run(folder, store, preset, changes or {}, device, for_minutes)
+    if backup and (backup / "config.json").exists():
+        _require_same_run(backup, _read_json(backup / "config.json", "name another backup folder"), store, config)
     saved = newest_checkpoint(folder / "ckpt", backup)
-    run = _Run(folder, store, TrainState.create(config, device), Backup(backup) if backup else None, max_minutes)
+    state = TrainState.create(config, device)  # before config.json, so that what fails here can be asked for differently
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"format": _FORMAT, "store": store.fingerprint, "config": asdict(config), "environment": environment()}
+    _write_json(folder / "config.json", record)
+    run = _Run(folder, store, state, max_minutes)
     if saved:
         run.resume(saved)
         notes.append(f"continues at update {saved['update']} of {config.total_steps}")
+        del saved  # as large as the networks and optimisers themselves
     else:
         (folder / "history.csv").unlink(missing_ok=True)  # rows of updates that no checkpoint holds
+    run.backup = Backup(backup) if backup else None
     try:
         while True:
             with _interrupts_held() as held:
@@ -2537,7 +2552,8 @@ def progress_bar(events: Iterator[Progress]) -> Iterator[Progress]:
             minutes, seconds = divmod(round(max(0.0, event.seconds_left)), 60)
             bar.set_description_str(event.stage, refresh=False)
             losses = ", ".join(f"{name} {value:.3g}" for name, value in event.losses.items() if name in ("pixel", "d_loss"))
-            bar.set_postfix_str(f"[{event.images_per_second:.0f} img/s, {minutes}:{seconds:02d} left, {losses}]")
+            backup = f", backup: {event.backup}" if event.backup else ""
+            bar.set_postfix_str(f"[{event.images_per_second:.0f} img/s, {minutes}:{seconds:02d} left, {losses}{backup}]")
             yield event
 
 
@@ -2623,9 +2639,9 @@ def _given(args: argparse.Namespace) -> dict:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text}: write FIELD=VALUE")
-        changes[name] = _parsed(name, value)
+        changes[name] = _parsed(value)
     if getattr(args, "scale", None) is not None:
-        changes["scale"] = _parsed("scale", args.scale)
+        changes["scale"] = _parsed(args.scale)
     return changes
 
 
@@ -2643,7 +2659,7 @@ def _writable(folder: Path) -> Path:
 
 def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]:
     """The generator that --run, --weights or --scale (the shipped weights) names, and where it came from."""
-    scale = None if args.scale is None else _checked("scale", "int", _parsed("scale", args.scale))
+    scale = None if args.scale is None else _checked("scale", "int", _parsed(args.scale))
     if args.run and args.weights:
         raise ValueError("give --run or --weights, not both")
     if args.run:
@@ -2683,12 +2699,8 @@ def _train_command(args: argparse.Namespace) -> None:
     if args.backup:
         _check_mounted(Path(args.backup))
         _writable(Path(args.backup))
-    try:
-        for event in progress_bar(train(store, _writable(folder), args.preset, changes, backup=args.backup, **limits)):
-            pass
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'stopped'}", file=sys.stderr)
-        raise SystemExit(130) from None
+    for event in progress_bar(train(store, _writable(folder), args.preset, changes, backup=args.backup, **limits)):
+        pass
     if event.step < event.total:
         print(f"{folder}: stopped at update {event.step} of {event.total}; run it again to continue")
     print(f"{folder / 'generator.safetensors'} is the network to use")
@@ -2702,7 +2714,7 @@ def _write_comparison(store: FaceStore, generator: Generator, config: Config, fo
     chosen = indices[[i * len(indices) // count for i in range(count)]]
     rows = evaluate(generator, config, store, chosen, with_lpips)
     with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     summary = summarise(rows, config, split)
@@ -2808,13 +2820,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after one line on standard error that says what is wrong and what to do."""
+    """Run one command. Returns 0; 130 if interrupted; 2 after one line on standard error that says what to do."""
     commands = {"demo": _demo_command, "prepare": _prepare_command, "train": _train_command, "compare": _compare_command,
                 "upscale": _upscale_command}
     try:
         args = _parser().parse_args(argv)
         commands[args.command](args)
         return 0
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        return 130
     except ConnectionError as error:
         print(str(error), file=sys.stderr)  # the one message of three lines: how to get CelebA by hand
     except (ValueError, OSError, FloatingPointError, ImportError, torch.OutOfMemoryError) as error:

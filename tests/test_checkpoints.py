@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -54,9 +55,8 @@ class Evil:
 
 
 def test_round_trip(tmp_path):
-    data = srgan.save_checkpoint(tmp_path / "new" / "ckpt", state())
-    path, = (tmp_path / "new" / "ckpt").iterdir()  # nothing else, no temporary file
-    assert path.read_bytes() == data
+    path = srgan.save_checkpoint(tmp_path / "new" / "ckpt", state())
+    assert list((tmp_path / "new" / "ckpt").iterdir()) == [path]  # nothing else, no temporary file
     loaded = srgan.load_checkpoint(path)
     assert same({key: loaded[key] for key in state()}, state())
     plain = torch.load(path, weights_only=True)
@@ -93,8 +93,7 @@ def test_code_is_refused_and_not_run(tmp_path):
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    path, = saved(tmp_path, 1)
-    path.write_bytes(srgan._pack(state() | {"format": 99}))
+    path = srgan.save_checkpoint(tmp_path, state() | {"format": 99})
     with pytest.raises(ValueError, match="newer version"):
         srgan.load_checkpoint(path)
 
@@ -139,7 +138,7 @@ def backed_up(folder, *updates, files=()):
     """One whole copy after the other, each by a thread of its own."""
     for update in updates:
         backup = srgan.Backup(folder)
-        backup.submit(srgan._pack({"format": 1} | state(update)), update, files)
+        backup.submit(srgan.save_checkpoint(folder.parent / "local", state(update)), update, files)
         backup.close()
     return backup
 
@@ -166,17 +165,20 @@ def test_backup_writes_two_slots_in_turn(tmp_path):
 
 
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
-    """And a slot is read back first: a write that lies is no backup."""
-    order, write_bytes, write_text, read_bytes = [], Path.write_bytes, Path.write_text, Path.read_bytes
-    monkeypatch.setattr(Path, "write_bytes", lambda self, data: order.append(self.name) or write_bytes(self, data))
+    """And a slot is read back first: a copy that lies is no backup."""
+    order, copyfile, write_text, fits = [], shutil.copyfile, Path.write_text, srgan._seal_fits
+    monkeypatch.setattr(shutil, "copyfile", lambda source, target: order.append(target.name) or copyfile(source, target))
     monkeypatch.setattr(Path, "write_text", lambda self, *args, **kw: order.append(self.name) or write_text(self, *args, **kw))
-    monkeypatch.setattr(Path, "read_bytes", lambda self: order.append(f"read {self.name}") or read_bytes(self))
+    monkeypatch.setattr(srgan, "_seal_fits", lambda path: order.append(f"read {path.name}") or fits(path))
     small = tmp_path / "config.json"
     write_text(small, "{}")
     backed_up(tmp_path / "b", 1, files=[small])
-    assert order[:2] == ["slot_a.pt", "read slot_a.pt"] and order[-1] == "manifest.json"
+    assert order == ["config.json", "slot_a.pt", "read slot_a.pt", "manifest.json"]
 
-    monkeypatch.setattr(Path, "write_bytes", lambda self, data: write_bytes(self, data[:-1]))
+    def short(source, target):
+        target.write_bytes(source.read_bytes()[:-1])
+
+    monkeypatch.setattr(shutil, "copyfile", short)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     failing = backed_up(tmp_path / "b", 2)
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["update"] == 1
@@ -217,17 +219,17 @@ def test_the_newest_waiting_state_wins(tmp_path, monkeypatch):
     """While a copy is under way, later states replace one another."""
     copied, release, started = [], srgan.threading.Event(), srgan.threading.Event()
 
-    def copy(self, data, update, files):
+    def copy(self, checkpoint, update, files):
         copied.append(update)
         started.set()
         assert release.wait(20)
 
     monkeypatch.setattr(srgan.Backup, "_copy", copy)
     backup = srgan.Backup(tmp_path)
-    backup.submit(b"", 1, [])
+    backup.submit(tmp_path, 1, [])
     assert started.wait(20)
     for update in (2, 3, 4):
-        backup.submit(b"", update, [])
+        backup.submit(tmp_path, update, [])
     release.set()
     backup.close()
     assert copied == [1, 4]
@@ -265,7 +267,7 @@ def test_a_drive_that_goes_away_is_not_recreated(tmp_path, monkeypatch, capsys):
     backup.folder = DRIVE / "MyDrive" / "srgan"
     monkeypatch.setattr(os.path, "ismount", lambda path: False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    backup.submit(b"data", 1, [])
+    backup.submit(saved(tmp_path / "ckpt", 1)[0], 1, [])
     backup.close()
     assert not DRIVE.exists() and "not mounted" in capsys.readouterr().err
 
