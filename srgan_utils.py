@@ -236,8 +236,6 @@ def _checked(name: str, kind: str, value):
         value = int(value)
     if kind == "float" and type(value) is int:
         value = float(value)
-    if kind == "bool" and type(value) is int and value in (0, 1):
-        value = bool(value)
     valid = type(value).__name__ == kind and value == value  # value != value: not a number
     if name in _CHOICES:
         if not valid or value not in _CHOICES[name]:
