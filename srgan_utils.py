@@ -107,6 +107,36 @@ _CHOICES = {
 }
 
 
+def _choice_error(name: str, value) -> str:
+    if name == "scale":
+        return f"scale={value!r} is not possible: choose 2, 4, 8 or 16 (each stage of the network doubles the size)"
+    return f"{name}={value!r}: {_suggest(value, [str(choice) for choice in _CHOICES[name]])}"
+
+
+def _checked(name: str, kind: str, value):
+    """`value` as the type that field `name` is declared with, if it may have it; else ValueError."""
+    if value is None and kind.endswith("| None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    whole = isinstance(value, float) and value.is_integer()
+    if kind == "int" and whole:
+        value = int(value)
+    if kind == "float" and type(value) is int:
+        value = float(value)
+    valid = type(value).__name__ == kind and value == value  # value != value: not a number
+    if name in _CHOICES:
+        if not valid or value not in _CHOICES[name]:
+            raise ValueError(_choice_error(name, value))
+    elif not valid:
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[kind]
+        raise ValueError(f"{name}={value!r} must be {wanted}")
+    elif kind in ("int", "float"):
+        low, high = _RANGES.get(name, (0, 1e9))
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value} is out of range; the nearest valid: {low if value < low else high:.12g}")
+    return value
+
+
 @dataclass
 class Config:
     """Every number that a run depends on. `Config()` is the preset `sharp` at 4x.
@@ -226,36 +256,6 @@ class Config:
         return replace(self, pretrain_steps=pretrain, steps=steps, decay_steps=decay)
 
 
-def _checked(name: str, kind: str, value):
-    """`value` as the type that field `name` is declared with, if it may have it; else ValueError."""
-    if value is None and kind.endswith("| None"):
-        return None
-    kind = kind.removesuffix(" | None")
-    whole = isinstance(value, float) and value.is_integer()
-    if kind == "int" and whole:
-        value = int(value)
-    if kind == "float" and type(value) is int:
-        value = float(value)
-    valid = type(value).__name__ == kind and value == value  # value != value: not a number
-    if name in _CHOICES:
-        if not valid or value not in _CHOICES[name]:
-            raise ValueError(_choice_error(name, value))
-    elif not valid:
-        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[kind]
-        raise ValueError(f"{name}={value!r} must be {wanted}")
-    elif kind in ("int", "float"):
-        low, high = _RANGES.get(name, (0, 1e9))
-        if not low <= value <= high:
-            raise ValueError(f"{name}={value} is out of range; the nearest valid: {low if value < low else high:.12g}")
-    return value
-
-
-def _choice_error(name: str, value) -> str:
-    if name == "scale":
-        return f"scale={value!r} is not possible: choose 2, 4, 8 or 16 (each stage of the network doubles the size)"
-    return f"{name}={value!r}: {_suggest(value, [str(choice) for choice in _CHOICES[name]])}"
-
-
 def _parsed(text: str):
     """What `text` on a command line means: true, false, none, a whole number, a number, or else itself."""
     words = {"true": True, "false": False, "none": None}
@@ -334,6 +334,12 @@ def environment() -> dict[str, str]:
     }
 
 
+def in_colab() -> bool:
+    """Whether this is a Colab kernel. (`import google.colab` would succeed on Kaggle too.)"""
+    shell = sys.modules.get("IPython")
+    return shell is not None and "google.colab" in str(shell.get_ipython())
+
+
 def hardware_note() -> str:
     """One line for people: the GPU at hand, or how to get one."""
     if torch.cuda.is_available():
@@ -342,10 +348,8 @@ def hardware_note() -> str:
     return f"No GPU ({where}): small settings, on {torch.get_num_threads()} CPU threads."
 
 
-def in_colab() -> bool:
-    """Whether this is a Colab kernel. (`import google.colab` would succeed on Kaggle too.)"""
-    shell = sys.modules.get("IPython")
-    return shell is not None and "google.colab" in str(shell.get_ipython())
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
 
 
 def mount_drive(mount_point: str = "/content/drive") -> Path | None:
@@ -381,10 +385,6 @@ def workspace() -> Path:
     return folder
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
-
-
 # -----------------------------------------------------------------------------
 # 3. Pixels: load, save, resize, round
 # -----------------------------------------------------------------------------
@@ -392,6 +392,21 @@ def _one_line(error: object) -> str:
 _MAX_PIXELS = 89_000_000  # Pillow itself warns above, and refuses twice as many
 # Pillow decides by content, not by name; formats that run an interpreter (EPS, WMF) are left out
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def _to_rgb(image):
+    """Any Pillow mode as RGB, or RGBA if it is transparent anywhere; 16-bit greys keep their top 8 bits."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
+        levels = np.asarray(image, dtype=np.int64)
+        deep = image.mode.startswith("I;16") or levels.max(initial=0) > 255  # mode I does not tell 8 from 16 bits
+        image = Image.fromarray((levels >> 8 if deep else levels).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            return image
+    return image.convert("RGB")
 
 
 def _read_image(file):
@@ -417,21 +432,6 @@ def _read_image(file):
         raise ValueError(f"truncated or damaged ({_one_line(error)})") from None
 
 
-def _to_rgb(image):
-    """Any Pillow mode as RGB, or RGBA if it is transparent anywhere; 16-bit greys keep their top 8 bits."""
-    from PIL import Image
-
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
-        levels = np.asarray(image, dtype=np.int64)
-        deep = image.mode.startswith("I;16") or levels.max(initial=0) > 255  # mode I does not tell 8 from 16 bits
-        image = Image.fromarray((levels >> 8 if deep else levels).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            return image
-    return image.convert("RGB")
-
-
 def _on_white(image):
     """RGBA pasted on white, as a viewer shows it; RGB unchanged."""
     from PIL import Image
@@ -440,36 +440,6 @@ def _on_white(image):
         return image
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
-
-
-def load_image(path: str | Path) -> Tensor:
-    """The photo at `path` as (1, 3, H, W), upright, on white where it is transparent.
-
-    Raises FileNotFoundError, or ValueError if it is not an image, truncated or larger than 89 megapixels.
-    """
-    try:
-        return _to_tensor(np.asarray(_on_white(_read_image(path))))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 (H, W, 3) or (N, H, W, 3) as float32 (N, 3, H, W) in [0, 1]."""
-    batch = torch.from_numpy(np.array(pixels, ndmin=4))
-    return batch.permute(0, 3, 1, 2).float().div(255)
-
-
-def _to_pixels(images: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in [0, 1] as uint8 (N, H, W, 3): clamped and rounded."""
-    levels = images.detach().mul(255).round().clamp(0, 255)
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_image(image: Tensor, path: str | Path) -> None:
-    """Write one image, (1, 3, H, W) or (3, H, W) in [0, 1], as PNG or whatever the name's ending says."""
-    from PIL import Image
-
-    Image.fromarray(_to_pixels(image.reshape(1, *image.shape[-3:]))[0]).save(path)
 
 
 def bicubic(images: Tensor, size: int | tuple[int, int]) -> Tensor:
@@ -487,6 +457,159 @@ def bicubic(images: Tensor, size: int | tuple[int, int]) -> Tensor:
 def quantise(images: Tensor) -> Tensor:
     """Clamped to [0, 1] and rounded to 8-bit levels, as a file would hold them."""
     return images.mul(255).round().clamp(0, 255).div(255)
+
+
+def make_pair(faces: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """(lr, hr) of stored faces, uint8 (N, 3, 178, 178): (N, 3, s, s) and (N, 3, S, S), S = hr_size = s * scale.
+
+    HR is the centre `crop` resized to `hr_size`, LR is HR reduced; both at 8-bit levels, as files would be.
+    """
+    start = (_SIDE - config.crop) // 2
+    cropped = faces[..., start:start + config.crop, start:start + config.crop].float().div(255)
+    hr = quantise(bicubic(cropped, config.hr_size))
+    return quantise(bicubic(hr, config.hr_size // config.scale)), hr
+
+
+def _check_format(record: dict, newest: int, what: object) -> None:
+    """ValueError if `record` is of a format that this version does not read."""
+    number = record.get("format")
+    if not isinstance(number, int):
+        raise ValueError(f"{what} is damaged (it does not say its format)")
+    if number > newest:
+        raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
+
+
+def _read_json(path: Path, what: str) -> dict:
+    """ValueError in one line if `path` is damaged or not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_one_line(error)}): {what}") from None
+
+
+class FaceStore:
+    """Prepared faces: a memory-mapped array of 178-px squares with names, split and fingerprint.
+
+    Attributes: `source`, `limit`, `title`, `names`, `split` (codes of `_SPLITS`, (len,)), `fingerprint`,
+    `left_out` (pairs of name and reason), `enlarged` (names). A block of faces is checked against its
+    checksum when it is first used. Raises FileNotFoundError or ValueError if the folder is no store,
+    one of a newer format, or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "store.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
+        record = _read_json(path, "delete the folder and prepare it again")
+        _check_format(record, _STORE_FORMAT, self.folder)
+        try:
+            self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
+            self.names, self.fingerprint = record["names"], record["fingerprint"]
+            self.left_out, self.enlarged = record["left_out"], record["enlarged"]
+            self.split = np.array(record["split"], dtype=np.uint8)
+            self._sums = record["blocks"]
+            expected = hashlib.sha256(json.dumps([self.names, self._sums, record["split"]]).encode()).hexdigest()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({_one_line(error)}): prepare it again") from None
+        size = (self.folder / "faces.u8").stat().st_size
+        if expected != self.fingerprint or size != len(self.names) * _SIDE * _SIDE * 3:
+            raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
+        self._ends = np.cumsum([rows for rows, _ in self._sums])
+        self._unchecked = set(range(len(self._sums)))
+        self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self.names), _SIDE, _SIDE, 3))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _check(self, block: int) -> None:
+        rows, expected = self._sums[block]
+        end = int(self._ends[block])
+        if hashlib.sha256(self._pixels[end - rows:end]).hexdigest() != expected:
+            raise ValueError(f"{self.folder}: faces {end - rows} to {end - 1} are damaged on disk: "
+                             "delete the folder and prepare it again")
+        self._unchecked.discard(block)
+
+    def verify(self) -> None:
+        """Check every block against its checksum; ValueError names the first that is damaged."""
+        from tqdm import tqdm
+
+        for block in tqdm(range(len(self._sums)), desc="checking", unit="block", mininterval=1, disable=len(self._sums) < 20):
+            self._check(block)
+
+    def indices(self, split: str) -> np.ndarray:
+        """Positions of the faces of `train`, `validation`, `test` or `all` of these. ValueError if there are none."""
+        chosen = self.split < 3 if split == "all" else self.split == _SPLITS.index(split)
+        if not chosen.any():
+            raise ValueError(f"{self.folder} has no {split} faces ({self.describe()}): prepare more faces"
+                             + (", or use --split all" if split == "test" else ""))
+        return np.flatnonzero(chosen)
+
+    def faces(self, indices: Sequence[int]) -> Tensor:
+        """The faces at `indices` as uint8 (N, 3, 178, 178), channels last in memory."""
+        indices = np.asarray(indices)
+        if self._unchecked:
+            for block in set(np.searchsorted(self._ends, indices, side="right").tolist()) & self._unchecked:
+                self._check(block)
+        return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2)
+
+    def describe(self) -> str:
+        """`515 train, 25 validation, 64 test faces; 1 left out` and the like."""
+        counts = np.bincount(self.split, minlength=4)
+        text = ", ".join(f"{count} {name}" for name, count in zip(_SPLITS[:3], counts)) + " faces"
+        text += f"; {len(self.left_out)} left out" if self.left_out else ""
+        return text + (f"; {len(self.enlarged)} enlarged, kept out of test" if self.enlarged else "")
+
+
+def batch(store: FaceStore, config: Config, update: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(lr, hr) training patches of update number `update`: (B, 3, p/scale, p/scale) and (B, 3, p, p), p = config.patch."""
+    members = store.indices("train")
+    faces = store.faces(members[batch_indices(config, update, len(members))]).to(device)
+    random = seeded(config.seed, 1, update)
+    mirrored = torch.rand(len(faces), generator=random) < 0.5
+    if config.flip:
+        faces = torch.where(mirrored.to(device).view(-1, 1, 1, 1), faces.flip(-1), faces)
+    lr, hr = make_pair(faces, config)
+    small = config.patch // config.scale
+    corners = torch.randint(lr.shape[-1] - small + 1, (len(lr), 2), generator=random).tolist()
+    scale, patch = config.scale, config.patch
+    lr = torch.stack([image[:, y:y + small, x:x + small] for image, (y, x) in zip(lr, corners)])
+    hr = torch.stack([image[:, y * scale:y * scale + patch, x * scale:x * scale + patch]
+                      for image, (y, x) in zip(hr, corners)])
+    return lr, hr
+
+
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) or (N, H, W, 3) as float32 (N, 3, H, W) in [0, 1]."""
+    batch = torch.from_numpy(np.array(pixels, ndmin=4))
+    return batch.permute(0, 3, 1, 2).float().div(255)
+
+
+def load_image(path: str | Path) -> Tensor:
+    """The photo at `path` as (1, 3, H, W), upright, on white where it is transparent.
+
+    Raises FileNotFoundError, or ValueError if it is not an image, truncated or larger than 89 megapixels.
+    """
+    try:
+        return _to_tensor(np.asarray(_on_white(_read_image(path))))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _to_pixels(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in [0, 1] as uint8 (N, H, W, 3): clamped and rounded."""
+    levels = images.detach().mul(255).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_image(image: Tensor, path: str | Path) -> None:
+    """Write one image, (1, 3, H, W) or (3, H, W) in [0, 1], as PNG or whatever the name's ending says."""
+    from PIL import Image
+
+    Image.fromarray(_to_pixels(image.reshape(1, *image.shape[-3:]))[0]).save(path)
 
 
 def luma(images: Tensor) -> Tensor:
@@ -1022,26 +1145,6 @@ def _write_atomically(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def _read_json(path: Path, what: str) -> dict:
-    """ValueError in one line if `path` is damaged or not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_one_line(error)}): {what}") from None
-
-
-def _check_format(record: dict, newest: int, what: object) -> None:
-    """ValueError if `record` is of a format that this version does not read."""
-    number = record.get("format")
-    if not isinstance(number, int):
-        raise ValueError(f"{what} is damaged (it does not say its format)")
-    if number > newest:
-        raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
-
-
 def _journal(path: Path, header: dict, pixels: Path) -> list[dict]:
     """The blocks that an interrupted preparation has finished; a fresh journal if it was another's."""
     blocks = []
@@ -1137,80 +1240,6 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
     return FaceStore(folder)
 
 
-class FaceStore:
-    """Prepared faces: a memory-mapped array of 178-px squares with names, split and fingerprint.
-
-    Attributes: `source`, `limit`, `title`, `names`, `split` (codes of `_SPLITS`, (len,)), `fingerprint`,
-    `left_out` (pairs of name and reason), `enlarged` (names). A block of faces is checked against its
-    checksum when it is first used. Raises FileNotFoundError or ValueError if the folder is no store,
-    one of a newer format, or damaged.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        path = self.folder / "store.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
-        record = _read_json(path, "delete the folder and prepare it again")
-        _check_format(record, _STORE_FORMAT, self.folder)
-        try:
-            self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
-            self.names, self.fingerprint = record["names"], record["fingerprint"]
-            self.left_out, self.enlarged = record["left_out"], record["enlarged"]
-            self.split = np.array(record["split"], dtype=np.uint8)
-            self._sums = record["blocks"]
-            expected = hashlib.sha256(json.dumps([self.names, self._sums, record["split"]]).encode()).hexdigest()
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({_one_line(error)}): prepare it again") from None
-        size = (self.folder / "faces.u8").stat().st_size
-        if expected != self.fingerprint or size != len(self.names) * _SIDE * _SIDE * 3:
-            raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
-        self._ends = np.cumsum([rows for rows, _ in self._sums])
-        self._unchecked = set(range(len(self._sums)))
-        self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self.names), _SIDE, _SIDE, 3))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def _check(self, block: int) -> None:
-        rows, expected = self._sums[block]
-        end = int(self._ends[block])
-        if hashlib.sha256(self._pixels[end - rows:end]).hexdigest() != expected:
-            raise ValueError(f"{self.folder}: faces {end - rows} to {end - 1} are damaged on disk: "
-                             "delete the folder and prepare it again")
-        self._unchecked.discard(block)
-
-    def verify(self) -> None:
-        """Check every block against its checksum; ValueError names the first that is damaged."""
-        from tqdm import tqdm
-
-        for block in tqdm(range(len(self._sums)), desc="checking", unit="block", mininterval=1, disable=len(self._sums) < 20):
-            self._check(block)
-
-    def indices(self, split: str) -> np.ndarray:
-        """Positions of the faces of `train`, `validation`, `test` or `all` of these. ValueError if there are none."""
-        chosen = self.split < 3 if split == "all" else self.split == _SPLITS.index(split)
-        if not chosen.any():
-            raise ValueError(f"{self.folder} has no {split} faces ({self.describe()}): prepare more faces"
-                             + (", or use --split all" if split == "test" else ""))
-        return np.flatnonzero(chosen)
-
-    def faces(self, indices: Sequence[int]) -> Tensor:
-        """The faces at `indices` as uint8 (N, 3, 178, 178), channels last in memory."""
-        indices = np.asarray(indices)
-        if self._unchecked:
-            for block in set(np.searchsorted(self._ends, indices, side="right").tolist()) & self._unchecked:
-                self._check(block)
-        return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2)
-
-    def describe(self) -> str:
-        """`515 train, 25 validation, 64 test faces; 1 left out` and the like."""
-        counts = np.bincount(self.split, minlength=4)
-        text = ", ".join(f"{count} {name}" for name, count in zip(_SPLITS[:3], counts)) + " faces"
-        text += f"; {len(self.left_out)} left out" if self.left_out else ""
-        return text + (f"; {len(self.enlarged)} enlarged, kept out of test" if self.enlarged else "")
-
-
 def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
     """What notebooks call: the store of `source` in the workspace, prepared if need be; if it cannot be had, says so
     loudly and takes synthetic faces."""
@@ -1239,17 +1268,6 @@ def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
 # --- Batches: a function of (seed, update), so that a resumed run sees what an uninterrupted one would
 
 
-def make_pair(faces: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """(lr, hr) of stored faces, uint8 (N, 3, 178, 178): (N, 3, s, s) and (N, 3, S, S), S = hr_size = s * scale.
-
-    HR is the centre `crop` resized to `hr_size`, LR is HR reduced; both at 8-bit levels, as files would be.
-    """
-    start = (_SIDE - config.crop) // 2
-    cropped = faces[..., start:start + config.crop, start:start + config.crop].float().div(255)
-    hr = quantise(bicubic(cropped, config.hr_size))
-    return quantise(bicubic(hr, config.hr_size // config.scale)), hr
-
-
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return torch.randperm(count, generator=seeded(seed, 0, epoch)).numpy()
@@ -1259,24 +1277,6 @@ def batch_indices(config: Config, update: int, count: int) -> np.ndarray:
     """Which of `count` faces make up update number `update` (from 0): (batch_size,); each epoch visits each face once."""
     positions = np.arange(update * config.batch_size, (update + 1) * config.batch_size)
     return np.array([_epoch_order(config.seed, int(p) // count, count)[int(p) % count] for p in positions])
-
-
-def batch(store: FaceStore, config: Config, update: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(lr, hr) training patches of update number `update`: (B, 3, p/scale, p/scale) and (B, 3, p, p), p = config.patch."""
-    members = store.indices("train")
-    faces = store.faces(members[batch_indices(config, update, len(members))]).to(device)
-    random = seeded(config.seed, 1, update)
-    mirrored = torch.rand(len(faces), generator=random) < 0.5
-    if config.flip:
-        faces = torch.where(mirrored.to(device).view(-1, 1, 1, 1), faces.flip(-1), faces)
-    lr, hr = make_pair(faces, config)
-    small = config.patch // config.scale
-    corners = torch.randint(lr.shape[-1] - small + 1, (len(lr), 2), generator=random).tolist()
-    scale, patch = config.scale, config.patch
-    lr = torch.stack([image[:, y:y + small, x:x + small] for image, (y, x) in zip(lr, corners)])
-    hr = torch.stack([image[:, y * scale:y * scale + patch, x * scale:x * scale + patch]
-                      for image, (y, x) in zip(hr, corners)])
-    return lr, hr
 
 
 # -----------------------------------------------------------------------------
@@ -1538,11 +1538,10 @@ def psnr(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 def ssim(sr: Tensor, hr: Tensor) -> Tensor:
-    """Structural similarity of each image, 1 for identical ones, (N,): Gaussian window of 11 px, sigma 1.5."""
+    """Structural similarity of each image, 1 for identical ones, (N,): Gaussian window of 11 px, sigma 1.5; good to 1e-3."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    # in float64: in float32 an image is only 0.99998 like itself
-    return structural_similarity_index_measure(sr.double(), hr.double(), data_range=1.0, reduction="none").reshape(-1).float()
+    return structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none").reshape(-1)
 
 
 @lru_cache(maxsize=1)
@@ -1777,7 +1776,7 @@ class Backup:
             last = _SLOTS.index(_read_json(manifest, "")["slot"])
         except (OSError, ValueError, KeyError):  # none yet, or half-written: then the older slot goes
             ages = [path.stat().st_mtime if (path := self.folder / name).exists() else 0 for name in _SLOTS]
-            last = ages.index(max(ages))
+            last = 1 if ages[1] >= ages[0] else 0
         slot = self.folder / _SLOTS[1 - last]
         for path in files:  # first, so that no slot is without its run's config; and only what is new
             copy = self.folder / path.name
@@ -2352,9 +2351,9 @@ class _Run:
         self.pending = []
 
     def _stop(self, step: int, name: str, value: float) -> None:
-        saved = f"of update {self.saved_update}" if self.saved_update > 0 else "not there yet"
-        raise FloatingPointError(f"update {step}: {name} is {value}; the last good checkpoint is {saved} "
-                                 f"({self.folder / 'ckpt'}): try a lower learning_rate or precision=fp32 in a new run")
+        good = f"of update {self.saved_update} in {self.folder / 'ckpt'}" if self.saved_update > 0 else "not there yet"
+        raise FloatingPointError(f"update {step}: {name} is {value}; the last good checkpoint is {good}: "
+                                 "try a lower learning_rate or precision=fp32 in a new run")
 
     def save(self, measure: bool = False) -> None:
         """A checkpoint with all that resuming needs, and the generator in use beside it; `measure` as for `export`."""
@@ -2699,9 +2698,8 @@ def _train_command(args: argparse.Namespace) -> None:
         _writable(Path(args.backup))
     for event in progress_bar(train(store, _writable(folder), args.preset, changes, backup=args.backup, **limits)):
         pass
-    if event.step < event.total:
-        print(f"{folder}: stopped at update {event.step} of {event.total}; run it again to continue")
-    print(f"{folder / 'generator.safetensors'} is the network to use")
+    stopped = f"stopped at update {event.step} of {event.total}, run it again to continue"
+    print(f"{folder}: {stopped if event.step < event.total else 'finished'}; generator.safetensors is the network to use")
 
 
 def _write_comparison(store: FaceStore, generator: Generator, config: Config, folder: Path, split: str, count: int | None,

@@ -509,7 +509,7 @@ def test_precision_on_a_gpu(monkeypatch, asked, capability, expected):
 
 @pytest.mark.parametrize("asked, native, expected", [
     ("auto", True, "bf16"), ("auto", False, "fp32"), ("fp16", True, "bf16"), ("fp16", False, "fp32"),
-    ("fp32", True, "fp32"), ("bf16", True, "bf16"), ("bf16", False, "bf16"),
+    ("fp32", True, "fp32"), ("bf16", True, "bf16"), ("bf16", False, "fp32"),
 ])
 def test_precision_on_a_cpu(monkeypatch, asked, native, expected):
     for unit in ("avx512_bf16", "amx_tile"):
