@@ -442,150 +442,9 @@ def _on_white(image):
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def bicubic(images: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """`images` resized to `size` (a side, or height and width), down or up, neither clamped nor rounded.
-
-    The one resize of this project: bicubic with a = -0.5, antialiased, as Pillow's. Without `antialias`
-    torch uses a = -0.75 and does not filter, which moves a bicubic baseline by up to 0.7 dB.
-    """
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if images.shape[-2:] == size:
-        return images
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True)
-
-
-def quantise(images: Tensor) -> Tensor:
-    """Clamped to [0, 1] and rounded to 8-bit levels, as a file would hold them."""
-    return images.mul(255).round().clamp(0, 255).div(255)
-
-
-def make_pair(faces: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """(lr, hr) of stored faces, uint8 (N, 3, 178, 178): (N, 3, s, s) and (N, 3, S, S), S = hr_size = s * scale.
-
-    HR is the centre `crop` resized to `hr_size`, LR is HR reduced; both at 8-bit levels, as files would be.
-    """
-    start = (_SIDE - config.crop) // 2
-    cropped = faces[..., start:start + config.crop, start:start + config.crop].float().div(255)
-    hr = quantise(bicubic(cropped, config.hr_size))
-    return quantise(bicubic(hr, config.hr_size // config.scale)), hr
-
-
-def _check_format(record: dict, newest: int, what: object) -> None:
-    """ValueError if `record` is of a format that this version does not read."""
-    number = record.get("format")
-    if not isinstance(number, int):
-        raise ValueError(f"{what} is damaged (it does not say its format)")
-    if number > newest:
-        raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
-
-
-def _read_json(path: Path, what: str) -> dict:
-    """ValueError in one line if `path` is damaged or not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_one_line(error)}): {what}") from None
-
-
-class FaceStore:
-    """Prepared faces: a memory-mapped array of 178-px squares with names, split and fingerprint.
-
-    Attributes: `source`, `limit`, `title`, `names`, `split` (codes of `_SPLITS`, (len,)), `fingerprint`,
-    `left_out` (pairs of name and reason), `enlarged` (names). A block of faces is checked against its
-    checksum when it is first used. Raises FileNotFoundError or ValueError if the folder is no store,
-    one of a newer format, or damaged.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        path = self.folder / "store.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
-        record = _read_json(path, "delete the folder and prepare it again")
-        _check_format(record, _STORE_FORMAT, self.folder)
-        try:
-            self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
-            self.names, self.fingerprint = record["names"], record["fingerprint"]
-            self.left_out, self.enlarged = record["left_out"], record["enlarged"]
-            self.split = np.array(record["split"], dtype=np.uint8)
-            self._sums = record["blocks"]
-            expected = hashlib.sha256(json.dumps([self.names, self._sums, record["split"]]).encode()).hexdigest()
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({_one_line(error)}): prepare it again") from None
-        size = (self.folder / "faces.u8").stat().st_size
-        if expected != self.fingerprint or size != len(self.names) * _SIDE * _SIDE * 3:
-            raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
-        self._ends = np.cumsum([rows for rows, _ in self._sums])
-        self._unchecked = set(range(len(self._sums)))
-        self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self.names), _SIDE, _SIDE, 3))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def _check(self, block: int) -> None:
-        rows, expected = self._sums[block]
-        end = int(self._ends[block])
-        if hashlib.sha256(self._pixels[end - rows:end]).hexdigest() != expected:
-            raise ValueError(f"{self.folder}: faces {end - rows} to {end - 1} are damaged on disk: "
-                             "delete the folder and prepare it again")
-        self._unchecked.discard(block)
-
-    def verify(self) -> None:
-        """Check every block against its checksum; ValueError names the first that is damaged."""
-        from tqdm import tqdm
-
-        for block in tqdm(range(len(self._sums)), desc="checking", unit="block", mininterval=1, disable=len(self._sums) < 20):
-            self._check(block)
-
-    def indices(self, split: str) -> np.ndarray:
-        """Positions of the faces of `train`, `validation`, `test` or `all` of these. ValueError if there are none."""
-        chosen = self.split < 3 if split == "all" else self.split == _SPLITS.index(split)
-        if not chosen.any():
-            raise ValueError(f"{self.folder} has no {split} faces ({self.describe()}): prepare more faces"
-                             + (", or use --split all" if split == "test" else ""))
-        return np.flatnonzero(chosen)
-
-    def faces(self, indices: Sequence[int]) -> Tensor:
-        """The faces at `indices` as uint8 (N, 3, 178, 178), channels last in memory."""
-        indices = np.asarray(indices)
-        if self._unchecked:
-            for block in set(np.searchsorted(self._ends, indices, side="right").tolist()) & self._unchecked:
-                self._check(block)
-        return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2)
-
-    def describe(self) -> str:
-        """`515 train, 25 validation, 64 test faces; 1 left out` and the like."""
-        counts = np.bincount(self.split, minlength=4)
-        text = ", ".join(f"{count} {name}" for name, count in zip(_SPLITS[:3], counts)) + " faces"
-        text += f"; {len(self.left_out)} left out" if self.left_out else ""
-        return text + (f"; {len(self.enlarged)} enlarged, kept out of test" if self.enlarged else "")
-
-
-def batch(store: FaceStore, config: Config, update: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(lr, hr) training patches of update number `update`: (B, 3, p/scale, p/scale) and (B, 3, p, p), p = config.patch."""
-    members = store.indices("train")
-    faces = store.faces(members[batch_indices(config, update, len(members))]).to(device)
-    random = seeded(config.seed, 1, update)
-    mirrored = torch.rand(len(faces), generator=random) < 0.5
-    if config.flip:
-        faces = torch.where(mirrored.to(device).view(-1, 1, 1, 1), faces.flip(-1), faces)
-    lr, hr = make_pair(faces, config)
-    small = config.patch // config.scale
-    corners = torch.randint(lr.shape[-1] - small + 1, (len(lr), 2), generator=random).tolist()
-    scale, patch = config.scale, config.patch
-    lr = torch.stack([image[:, y:y + small, x:x + small] for image, (y, x) in zip(lr, corners)])
-    hr = torch.stack([image[:, y * scale:y * scale + patch, x * scale:x * scale + patch]
-                      for image, (y, x) in zip(hr, corners)])
-    return lr, hr
-
-
 def _to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) or (N, H, W, 3) as float32 (N, 3, H, W) in [0, 1]."""
-    batch = torch.from_numpy(np.array(pixels, ndmin=4))
-    return batch.permute(0, 3, 1, 2).float().div(255)
+    return torch.from_numpy(np.array(pixels, ndmin=4)).permute(0, 3, 1, 2).float().div(255)
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -610,6 +469,23 @@ def save_image(image: Tensor, path: str | Path) -> None:
     from PIL import Image
 
     Image.fromarray(_to_pixels(image.reshape(1, *image.shape[-3:]))[0]).save(path)
+
+
+def bicubic(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """`images` resized to `size` (a side, or height and width), down or up, neither clamped nor rounded.
+
+    The one resize of this project: bicubic with a = -0.5, antialiased, as Pillow's. Without `antialias`
+    torch uses a = -0.75 and does not filter, which moves a bicubic baseline by up to 0.7 dB.
+    """
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True)
+
+
+def quantise(images: Tensor) -> Tensor:
+    """Clamped to [0, 1] and rounded to 8-bit levels, as a file would hold them."""
+    return images.mul(255).round().clamp(0, 255).div(255)
 
 
 def luma(images: Tensor) -> Tensor:
@@ -1131,11 +1007,6 @@ def _square(source: Source, name: str):
     return np.asarray(image.crop((left, top, left + _SIDE, top + _SIDE))), "", short < _SIDE
 
 
-def _write_json(path: Path, value: dict) -> None:
-    """Write `value` so that `path` is never half-written."""
-    _write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
 def _write_atomically(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".part")
     with open(partial, "wb") as file:
@@ -1143,6 +1014,31 @@ def _write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """Write `value` so that `path` is never half-written."""
+    _write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _read_json(path: Path, what: str) -> dict:
+    """ValueError in one line if `path` is damaged or not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_one_line(error)}): {what}") from None
+
+
+def _check_format(record: dict, newest: int, what: object) -> None:
+    """ValueError if `record` is of a format that this version does not read."""
+    number = record.get("format")
+    if not isinstance(number, int):
+        raise ValueError(f"{what} is damaged (it does not say its format)")
+    if number > newest:
+        raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
 
 
 def _journal(path: Path, header: dict, pixels: Path) -> list[dict]:
@@ -1197,6 +1093,80 @@ def _store_record(source: str, title: str, limit: int | None, blocks: list[dict]
     fingerprint = hashlib.sha256(json.dumps([names, checksums, split]).encode()).hexdigest()
     return {"format": _STORE_FORMAT, "source": source, "title": title, "limit": limit, "fingerprint": fingerprint,
             "blocks": checksums, "enlarged": sorted(enlarged), "left_out": left_out, "names": names, "split": split}
+
+
+class FaceStore:
+    """Prepared faces: a memory-mapped array of 178-px squares with names, split and fingerprint.
+
+    Attributes: `source`, `limit`, `title`, `names`, `split` (codes of `_SPLITS`, (len,)), `fingerprint`,
+    `left_out` (pairs of name and reason), `enlarged` (names). A block of faces is checked against its
+    checksum when it is first used. Raises FileNotFoundError or ValueError if the folder is no store,
+    one of a newer format, or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "store.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
+        record = _read_json(path, "delete the folder and prepare it again")
+        _check_format(record, _STORE_FORMAT, self.folder)
+        try:
+            self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
+            self.names, self.fingerprint = record["names"], record["fingerprint"]
+            self.left_out, self.enlarged = record["left_out"], record["enlarged"]
+            self.split = np.array(record["split"], dtype=np.uint8)
+            self._sums = record["blocks"]
+            expected = hashlib.sha256(json.dumps([self.names, self._sums, record["split"]]).encode()).hexdigest()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({_one_line(error)}): prepare it again") from None
+        size = (self.folder / "faces.u8").stat().st_size
+        if expected != self.fingerprint or size != len(self.names) * _SIDE * _SIDE * 3:
+            raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
+        self._ends = np.cumsum([rows for rows, _ in self._sums])
+        self._unchecked = set(range(len(self._sums)))
+        self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self.names), _SIDE, _SIDE, 3))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _check(self, block: int) -> None:
+        rows, expected = self._sums[block]
+        end = int(self._ends[block])
+        if hashlib.sha256(self._pixels[end - rows:end]).hexdigest() != expected:
+            raise ValueError(f"{self.folder}: faces {end - rows} to {end - 1} are damaged on disk: "
+                             "delete the folder and prepare it again")
+        self._unchecked.discard(block)
+
+    def verify(self) -> None:
+        """Check every block against its checksum; ValueError names the first that is damaged."""
+        from tqdm import tqdm
+
+        for block in tqdm(range(len(self._sums)), desc="checking", unit="block", mininterval=1, disable=len(self._sums) < 20):
+            self._check(block)
+
+    def indices(self, split: str) -> np.ndarray:
+        """Positions of the faces of `train`, `validation`, `test` or `all` of these. ValueError if there are none."""
+        chosen = self.split < 3 if split == "all" else self.split == _SPLITS.index(split)
+        if not chosen.any():
+            raise ValueError(f"{self.folder} has no {split} faces ({self.describe()}): prepare more faces"
+                             + (", or use --split all" if split == "test" else ""))
+        return np.flatnonzero(chosen)
+
+    def faces(self, indices: Sequence[int]) -> Tensor:
+        """The faces at `indices` as uint8 (N, 3, 178, 178), channels last in memory."""
+        indices = np.asarray(indices)
+        if self._unchecked:
+            for block in set(np.searchsorted(self._ends, indices, side="right").tolist()) & self._unchecked:
+                self._check(block)
+        return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2)
+
+    def describe(self) -> str:
+        """`515 train, 25 validation, 64 test faces; 1 left out` and the like."""
+        counts = np.bincount(self.split, minlength=4)
+        text = ", ".join(f"{count} {name}" for name, count in zip(_SPLITS[:3], counts)) + " faces"
+        text += f"; {len(self.left_out)} left out" if self.left_out else ""
+        return text + (f"; {len(self.enlarged)} enlarged, kept out of test" if self.enlarged else "")
 
 
 def prepare(source: str | Path, folder: str | Path, limit: int | None = None) -> FaceStore:
@@ -1268,6 +1238,17 @@ def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
 # --- Batches: a function of (seed, update), so that a resumed run sees what an uninterrupted one would
 
 
+def make_pair(faces: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """(lr, hr) of stored faces, uint8 (N, 3, 178, 178): (N, 3, s, s) and (N, 3, S, S), S = hr_size = s * scale.
+
+    HR is the centre `crop` resized to `hr_size`, LR is HR reduced; both at 8-bit levels, as files would be.
+    """
+    start = (_SIDE - config.crop) // 2
+    cropped = faces[..., start:start + config.crop, start:start + config.crop].float().div(255)
+    hr = quantise(bicubic(cropped, config.hr_size))
+    return quantise(bicubic(hr, config.hr_size // config.scale)), hr
+
+
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return torch.randperm(count, generator=seeded(seed, 0, epoch)).numpy()
@@ -1277,6 +1258,24 @@ def batch_indices(config: Config, update: int, count: int) -> np.ndarray:
     """Which of `count` faces make up update number `update` (from 0): (batch_size,); each epoch visits each face once."""
     positions = np.arange(update * config.batch_size, (update + 1) * config.batch_size)
     return np.array([_epoch_order(config.seed, int(p) // count, count)[int(p) % count] for p in positions])
+
+
+def batch(store: FaceStore, config: Config, update: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(lr, hr) training patches of update number `update`: (B, 3, p/scale, p/scale) and (B, 3, p, p), p = config.patch."""
+    members = store.indices("train")
+    faces = store.faces(members[batch_indices(config, update, len(members))]).to(device)
+    random = seeded(config.seed, 1, update)
+    mirrored = torch.rand(len(faces), generator=random) < 0.5
+    if config.flip:
+        faces = torch.where(mirrored.to(device).view(-1, 1, 1, 1), faces.flip(-1), faces)
+    lr, hr = make_pair(faces, config)
+    small = config.patch // config.scale
+    corners = torch.randint(lr.shape[-1] - small + 1, (len(lr), 2), generator=random).tolist()
+    scale, patch = config.scale, config.patch
+    lr = torch.stack([image[:, y:y + small, x:x + small] for image, (y, x) in zip(lr, corners)])
+    hr = torch.stack([image[:, y * scale:y * scale + patch, x * scale:x * scale + patch]
+                      for image, (y, x) in zip(hr, corners)])
+    return lr, hr
 
 
 # -----------------------------------------------------------------------------
@@ -1675,6 +1674,14 @@ def _newest_of(paths: Sequence[Path], damaged: list[str]) -> dict | None:
     return None
 
 
+def _backup_update(backup: Path) -> float:
+    """The update that the newest slot of `backup` holds by its manifest; inf if only the slots can tell, -1 without any."""
+    try:
+        return float(_read_json(backup / "manifest.json", "")["update"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf if any((backup / slot).exists() for slot in _SLOTS) else -1
+
+
 def newest_checkpoint(folder: str | Path, backup: str | Path | None = None) -> dict | None:
     """The newest checkpoint that verifies, of those in `folder` and in the slots of `backup`; None if there is none at all.
 
@@ -1691,14 +1698,6 @@ def newest_checkpoint(folder: str | Path, backup: str | Path | None = None) -> d
     for text in damaged:
         print(f"WARNING: passed over a damaged checkpoint: {text}", file=sys.stderr)
     return state
-
-
-def _backup_update(backup: Path) -> float:
-    """The update that the newest slot of `backup` holds by its manifest; inf if only the slots can tell, -1 without any."""
-    try:
-        return float(_read_json(backup / "manifest.json", "")["update"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf if any((backup / slot).exists() for slot in _SLOTS) else -1
 
 
 def _check_mounted(folder: Path) -> None:
@@ -2043,6 +2042,10 @@ def history_figure(path: str | Path):
 # -----------------------------------------------------------------------------
 
 
+def _adam(network: nn.Module, config: Config) -> torch.optim.Adam:
+    return torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
 @dataclass
 class TrainState:
     """The networks and optimisers of a run, and how many updates they have seen."""
@@ -2087,10 +2090,6 @@ class TrainState:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def _adam(network: nn.Module, config: Config) -> torch.optim.Adam:
-    return torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
 def _learning_rate(config: Config, update: int) -> float:
     """Warm-up, then constant or a cosine down to a hundredth, of the stage that update number `update` (from 0) is in."""
     pretraining = update < config.pretrain_steps
@@ -2131,6 +2130,18 @@ def discriminator_step(state: TrainState, sr: Tensor, hr: Tensor) -> dict[str, T
     return {"d_loss": loss.detach(), "d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
 
 
+def _content_loss(state: TrainState, sr: Tensor, hr: Tensor, fake_features, real_features) -> Tensor:
+    config = state.config
+    if config.content == "features":
+        # the first layer's maps are as large as the image and hold little more than it does
+        return feature_loss(fake_features[1:], real_features[1:], config.distance)
+    if config.content == "vgg":
+        with torch.no_grad():
+            wanted = state.vgg(hr)
+        return pixel_loss(state.vgg(sr), wanted, config.distance)
+    return pixel_loss(sr, hr, config.distance)
+
+
 def generator_step(state: TrainState, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
     """One update of the generator: look like HR (content), and be called real (adversarial; Eq. 3).
 
@@ -2156,18 +2167,6 @@ def generator_step(state: TrainState, sr: Tensor, hr: Tensor) -> dict[str, Tenso
         loss = loss + config.pixel_weight * pixel
     _step_optimizer(state, state.g_optimizer, loss)
     return {"g_loss": loss.detach(), "pixel": pixel.detach(), "content": content.detach(), "adversarial": adversarial.detach()}
-
-
-def _content_loss(state: TrainState, sr: Tensor, hr: Tensor, fake_features, real_features) -> Tensor:
-    config = state.config
-    if config.content == "features":
-        # the first layer's maps are as large as the image and hold little more than it does
-        return feature_loss(fake_features[1:], real_features[1:], config.distance)
-    if config.content == "vgg":
-        with torch.no_grad():
-            wanted = state.vgg(hr)
-        return pixel_loss(state.vgg(sr), wanted, config.distance)
-    return pixel_loss(sr, hr, config.distance)
 
 
 @torch.no_grad()
@@ -2248,6 +2247,27 @@ def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minu
     return replace(config, pretrain_steps=fitted[0], steps=fitted[1], decay_steps=fitted[1])
 
 
+def _require_same_run(place: Path, record: dict, store: FaceStore, config: Config) -> None:
+    """ValueError if what `record`, found in `place`, was made with other faces or with another config than `config`."""
+    if record.get("store") != store.fingerprint:
+        raise ValueError(f"{place} was trained on other faces than those in {store.folder}: name the store it began with, "
+                         "or another folder")
+    for name, value in asdict(config).items():
+        old = record["config"].get(name)
+        if value != old and name not in _FREE_TO_CHANGE:
+            raise ValueError(f"{place} was started with {name}={old}, not {value}: start a new run in another folder")
+
+
+def _continued(folder: Path, record: dict, store: FaceStore, given: dict) -> Config:
+    """The recorded config with the changes that a run allows; ValueError for any other, or for another store."""
+    _check_format(record, _FORMAT, folder / "config.json")
+    if not isinstance(record.get("config"), dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged: restore it, or start a new run in another folder")
+    config = Config.from_dict(record["config"] | given)
+    _require_same_run(folder, record, store, config)
+    return config
+
+
 def _open_run(folder: Path, store: FaceStore, preset: str | None, changes: dict, device: torch.device,
               for_minutes: float | None) -> tuple[Config, list[str]]:
     """The config of the run in `folder`, new or continued, and what there is to say about it."""
@@ -2268,27 +2288,6 @@ def _open_run(folder: Path, store: FaceStore, preset: str | None, changes: dict,
     if for_minutes and not path.exists():
         config = _fit_to_minutes(config, store, device, for_minutes)
     return config, notes
-
-
-def _require_same_run(place: Path, record: dict, store: FaceStore, config: Config) -> None:
-    """ValueError if what `record`, found in `place`, was made with other faces or with another config than `config`."""
-    if record.get("store") != store.fingerprint:
-        raise ValueError(f"{place} was trained on other faces than those in {store.folder}: name the store it began with, "
-                         "or another folder")
-    for name, value in asdict(config).items():
-        old = record["config"].get(name)
-        if value != old and name not in _FREE_TO_CHANGE:
-            raise ValueError(f"{place} was started with {name}={old}, not {value}: start a new run in another folder")
-
-
-def _continued(folder: Path, record: dict, store: FaceStore, given: dict) -> Config:
-    """The recorded config with the changes that a run allows; ValueError for any other, or for another store."""
-    _check_format(record, _FORMAT, folder / "config.json")
-    if not isinstance(record.get("config"), dict):
-        raise ValueError(f"{folder / 'config.json'} is damaged: restore it, or start a new run in another folder")
-    config = Config.from_dict(record["config"] | given)
-    _require_same_run(folder, record, store, config)
-    return config
 
 
 @contextlib.contextmanager
