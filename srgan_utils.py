@@ -85,10 +85,9 @@ REPOSITORY = "OWNER/srgan-celeba"
 
 
 def _suggest(word: str, words: Sequence[str]) -> str:
-    """The end of an error message: the nearest of `words`, and all of them."""
-    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}choose from {', '.join(words)}"
+    """The end of an error message: the nearest of `words`, or all of them where none is near."""
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(words)}"
 
 
 # What a field may be. Numbers: from 0 on, unless lowest and highest stand here; words: the choices.
@@ -945,7 +944,7 @@ def open_source(source: str | Path) -> Source:
         return _open_folder(path, str(path))
     if path.is_file():
         return _open_zip(path, str(path))
-    raise FileNotFoundError(f"no such source: {source}; give a folder, a .zip, or one of celeba, portraits, synthetic")
+    raise FileNotFoundError(f"no such source: {source}; give a folder, a .zip, or a set: {_suggest(str(source), list(named))}")
 
 
 # --- The store: one array of centre squares on the local disk
@@ -2674,8 +2673,12 @@ def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]
 
 
 def _prepare_command(args: argparse.Namespace) -> None:
-    limit = _number("limit", args.limit, int)
-    store = prepare(args.source, _writable(Path(args.store)), limit)
+    limit, folder = _number("limit", args.limit, int), _writable(Path(args.store))
+    try:
+        store = prepare(args.source, folder, limit)
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
     print(f"{store.folder}: {store.describe()}")
     for name, why in store.left_out[:20]:
         print(f"  left out {name}: {why}")
@@ -2737,6 +2740,8 @@ def _upscale_file(path: Path, target: Path, generator: Generator, config: Config
     """One photo, transparency kept (enlarged by the plain bicubic)."""
     from PIL import Image
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         image = _read_image(path)
     except ValueError as error:
@@ -2787,14 +2792,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo-out", metavar="DIR")
     prepare_ = commands.add_parser("prepare", help="turn a source of faces into a store")
     prepare_.add_argument("source", metavar="SOURCE", help="a folder, a .zip, or one of: celeba portraits synthetic")
-    prepare_.add_argument("--store", required=True, metavar="DIR")
-    prepare_.add_argument("--limit", metavar="N", help="training faces to take")
+    prepare_.add_argument("--store", required=True, metavar="DIR", help="where the prepared faces go")
+    prepare_.add_argument("--limit", metavar="N", help="training faces to take (default: all)")
     train_ = commands.add_parser("train", help="start or continue a run")
-    train_.add_argument("--store", required=True, metavar="DIR")
-    train_.add_argument("--run", required=True, metavar="DIR")
-    train_.add_argument("--preset", metavar="P", help=", ".join(PRESETS))
-    train_.add_argument("--scale", metavar="S", help="2, 4, 8 or 16")
-    train_.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE")
+    train_.add_argument("--store", required=True, metavar="DIR", help="prepared faces")
+    train_.add_argument("--run", required=True, metavar="DIR", help="the run's folder; one that exists is continued")
+    train_.add_argument("--preset", metavar="P", help=f"{', '.join(PRESETS)} (default: sharp)")
+    train_.add_argument("--scale", metavar="S", help="2, 4, 8 or 16 (default: 4)")
+    train_.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE", help="change numbers of the preset")
     train_.add_argument("--backup", metavar="DIR", help="a second folder for checkpoints, on Drive say")
     train_.add_argument("--max-minutes", metavar="M", help="save and stop after so long")
     train_.add_argument("--for-minutes", metavar="M", help="set a new run's length to fit")
