@@ -55,7 +55,7 @@ def test_an_impossible_scale_is_refused_with_a_sentence(scale):
 
 
 def test_an_unknown_preset_or_field_is_answered_with_the_nearest_name():
-    with pytest.raises(ValueError, match="no preset 'sharpp': did you mean 'sharp'.*report, paper, sharp, demo"):
+    with pytest.raises(ValueError, match="no preset 'sharpp': did you mean 'sharp'"):
         srgan.Config.preset("sharpp")
     with pytest.raises(ValueError, match="no field 'residual_block': did you mean 'residual_blocks'"):
         srgan.Config.preset("sharp", residual_block=3)
