@@ -29,19 +29,23 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import html
 import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -50,6 +54,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # Windows, where runs and stores are not locked
+    fcntl = None
 
 __all__ = [
     "REPOSITORY", "Config", "PRESETS",                                              # 1
@@ -347,8 +356,99 @@ def hardware_note() -> str:
     return f"No GPU ({where}): small settings, on {torch.get_num_threads()} CPU threads."
 
 
+# --- Files: never half-written, noticed when damaged, one writer at a time
+
+
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
+    """The text of an error without line breaks, and without what would move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _sealed(value: dict) -> bytes:
+    """`value` as JSON whose last entry is the SHA-256 of all that comes before it."""
+    body = json.dumps(value, indent=1)[:-2].encode()
+    return body + f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def _check_format(record: dict, newest: int, what: object) -> None:
+    """ValueError if `record` is of a format that this version does not read."""
+    number = record.get("format")
+    if type(number) is not int:
+        raise ValueError(f"{what} is damaged (it does not say its format)")
+    if number > newest:
+        raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
+
+
+def _read_sealed(path: Path, newest: int, advice: str) -> dict:
+    """What `_sealed` made, from `path`. ValueError in one line if any byte is damaged, or the format newer than `newest`."""
+    data = path.read_bytes()
+    try:
+        value = json.loads(data)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_one_line(error)}): {advice}") from None
+    _check_format(value, newest, path)
+    seal = value.pop("sha256", None)
+    body, _, _ = data.rpartition(b',\n "sha256": "')
+    if seal != hashlib.sha256(body).hexdigest() or data != body + f',\n "sha256": "{seal}"\n}}\n'.encode():
+        raise ValueError(f"{path} is damaged (its checksum does not fit): {advice}")
+    return value
+
+
+def _check_space(folder: Path, needed: int, what: str) -> None:
+    """OSError if the disk of `folder` has no room for `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder} has {_size(max(0, free))} free and needs {_size(needed)} for {what}: "
+                      "free some space, or name a folder on another disk")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other writers out of `folder` meanwhile. BlockingIOError says who holds it.
+
+    The system frees the lock of a process however that ends: the file that a killed one leaves stops nobody.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / "lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())))  # its owner just left
+        except BlockingIOError:
+            held = True
+        except OSError:  # a file system without locks
+            held = False
+        if held:
+            file.seek(0)
+            raise BlockingIOError(f"{folder} is in use by {file.read().strip() or 'another process'}: "
+                                  "wait until that has ended, or stop it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+# --- Colab and Drive
 
 
 def mount_drive(mount_point: str = "/content/drive") -> Path | None:
@@ -389,6 +489,8 @@ def workspace() -> Path:
 # -----------------------------------------------------------------------------
 
 _MAX_PIXELS = 89_000_000  # Pillow itself warns above, and refuses twice as many
+_MAX_FILE = 400_000_000   # bytes of one image file: as many pixels, not compressed
+_MAX_SCANS = 100          # of a progressive JPEG: cameras write about ten, thousands would keep a core busy for hours
 # Pillow decides by content, not by name; formats that run an interpreter (EPS, WMF) are left out
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -408,15 +510,21 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def _read_image(file):
-    """`file` (a path or an open binary file) as a Pillow image, RGB or RGBA, upright, 8 bits.
+def _read_image(file: str | Path | bytes):
+    """`file` (a path, or what it holds) as a Pillow image, RGB or RGBA, upright, 8 bits.
 
     Raises ValueError saying what is wrong with it: not an image, truncated, absurdly large.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if not isinstance(file, bytes):
+        if os.path.getsize(file) > _MAX_FILE:
+            raise ValueError("absurdly large file")
+        file = Path(file).read_bytes()
+    if file.startswith(b"\xff\xd8") and file.count(b"\xff\xda") > _MAX_SCANS:
+        raise ValueError("a JPEG of more scans than any camera writes")
     try:
-        with Image.open(file, formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
             width, height = image.size
             if width * height > _MAX_PIXELS:
                 raise ValueError(f"absurdly large ({width} x {height} px)")
@@ -425,7 +533,7 @@ def _read_image(file):
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError("not an image that Pillow can read" if isinstance(error, UnidentifiedImageError)
                          else "absurdly large") from None
-    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError):
+    except ValueError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError, ... on damage
         raise ValueError(f"truncated or damaged ({_one_line(error)})") from None
@@ -747,6 +855,8 @@ _CELEBA_BY_HAND = """CelebA could not be fetched (Google's quota for it is often
   2. put it into the current folder, or into MyDrive/srgan on Google Drive
   3. run this again, or give its path as the source"""
 _SYNTHETIC_FACES = 1_000
+# What a zip may be: CelebA's has 202,599 entries, and photos hardly compress
+_ZIP_ENTRIES, _ZIP_BYTES, _ZIP_RATIO = 1_000_000, 1 << 36, 100
 
 
 @dataclass
@@ -772,17 +882,62 @@ def _open_folder(folder: Path, title: str) -> Source:
     return Source(title, names, lambda name: _read_image(folder / name))
 
 
+def _web_page(path: Path) -> str:
+    """The title of the web page that was saved in place of a file (a quota notice, a login), or '' if it is none."""
+    with open(path, "rb") as file:
+        text = file.read(1 << 16).decode(errors="replace").lstrip()
+    if not text.lower().startswith(("<!doctype html", "<html")):
+        return ""
+    title = re.search("<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+    return _one_line(html.unescape(title[1])) if title else "without a title"
+
+
+def _refuse_hostile(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
+    """ValueError for a zip that no honest program writes of photos, or that would not fit into memory or time."""
+    if len(entries) > _ZIP_ENTRIES:
+        raise ValueError(f"{path} is refused: it has {len(entries):,} entries; {_ZIP_ENTRIES:,} are the most")
+    total, size, seen = sum(info.file_size for info in entries), path.stat().st_size, set()
+    if total > max(_ZIP_RATIO * size, 100_000_000) or total > _ZIP_BYTES:
+        raise ValueError(f"{path} is refused: its {_size(size)} would become {_size(total)}, as in a zip bomb")
+    for info in entries:
+        name = info.filename.replace("\\", "/")
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        fault = ("leads out of its folder" if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/") else
+                 "is a link or a device" if kind not in (0, stat.S_IFREG, stat.S_IFDIR) else
+                 "is there twice" if name in seen else
+                 "is encrypted" if info.flag_bits & 1 else
+                 "" if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else
+                 "is compressed in an unusual way")
+        if fault:
+            raise ValueError(f"{path} is refused: its entry {info.filename!r} {fault}; "
+                             "unpack it where you trust it, and give the folder")
+        seen.add(name)
+
+
 def _open_zip(path: Path, title: str, inside: str = "") -> Source:
     """Images are read straight out of the zip: nothing is unpacked, so nothing can land outside a folder."""
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a zip, or it is cut off ({error}): fetch it again") from None
-    names = sorted(info.filename for info in archive.infolist()
-                   if not info.is_dir() and info.filename.startswith(inside) and not _hidden(info.filename))
-    if not names:
+    except Exception as error:  # zipfile raises half a dozen kinds on damage
+        page = _web_page(path)
+        raise ValueError(f"{path} is a web page ({page!r}), not a zip: fetch it again later" if page else
+                         f"{path} is not a zip, or it is cut off ({_one_line(error)}): fetch it again") from None
+    entries = [info for info in archive.infolist() if info.filename.startswith(inside)]
+    _refuse_hostile(path, entries)
+    members = {info.filename: info for info in entries if not info.is_dir() and not _hidden(info.filename)}
+    if not members:
         raise ValueError(f"{path} holds no files: a source needs at least one image")
-    return Source(title, names, lambda name: _read_image(io.BytesIO(archive.read(name))))
+
+    def read(name):
+        if members[name].file_size > _MAX_FILE:
+            raise ValueError("absurdly large file")
+        with archive.open(members[name]) as file:
+            data = file.read(members[name].file_size)  # and no more, whatever comes out of it
+        if data.startswith(b"PK\3\4"):
+            raise ValueError("a zip within the zip: unpack it, and give the folder")
+        return _read_image(data)
+
+    return Source(title, sorted(members), read)
 
 
 def _downloads() -> Path:
@@ -792,17 +947,23 @@ def _downloads() -> Path:
     return folder
 
 
-def _open_url(url: str, seconds: float):
-    """A reply from `url` within `seconds` in all; OSError otherwise. (A socket's timeout holds for each address anew.)"""
-    from http.client import HTTPException
-    from urllib.request import urlopen
+def _open_url(url: str, start: int, seconds: float):
+    """A reply from `url`, from byte `start` on if the host can, within `seconds`; OSError otherwise.
 
+    (A socket's own timeout holds for each address anew.)
+    """
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     replies, failures = [], [TimeoutError(f"no answer within {seconds:g} s")]
 
     def ask():
         try:
-            replies.append(urlopen(url, timeout=seconds))
-        except (OSError, HTTPException) as error:
+            replies.append(urlopen(request, timeout=seconds))
+        except OSError as error:
+            failures.append(error)
+        except HTTPException as error:
             failures.append(OSError(_one_line(error) or type(error).__name__))
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -813,22 +974,55 @@ def _open_url(url: str, seconds: float):
     return replies[0]
 
 
-def _download(url: str, target: Path) -> None:
-    """Fetch `url` into `target`, whole or not at all. OSError if the host does not answer within 10 s, or stops."""
+def _fetch_rest(url: str, partial: Path, title: str) -> None:
+    """Append to `partial` what is missing of `url`, or all of it where the host cannot continue. OSError if it breaks off."""
     from http.client import HTTPException
+    from urllib.error import HTTPError
 
     from tqdm import tqdm
 
-    partial = target.with_name(target.name + ".part")
-    with _open_url(url, 10) as reply, open(partial, "wb") as file:
-        total = int(reply.headers.get("Content-Length") or 0) or None
-        with tqdm(total=total, desc=target.name, unit="B", unit_scale=True, mininterval=1) as bar:
+    had = partial.stat().st_size if partial.exists() else 0
+    try:
+        reply = _open_url(url, had, 10)
+    except HTTPError as error:
+        if error.code == 416:  # nothing there to continue with: it is another file by now
+            partial.unlink()
+            return _fetch_rest(url, partial, title)
+        raise
+    with reply:
+        if not (reply.headers.get("Content-Range") or "").startswith(f"bytes {had}-"):
+            had = 0
+        length = reply.headers.get("Content-Length")
+        total = had + int(length) if length else None
+        with (open(partial, "ab" if had else "wb") as file,
+              tqdm(total=total, initial=had, desc=title, unit="B", unit_scale=True, mininterval=1) as bar):
             try:
                 while chunk := reply.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))
             except HTTPException as error:  # IncompleteRead is no OSError
                 raise OSError(f"the connection broke: {_one_line(error)}") from None
+            if total and file.tell() < total:
+                raise OSError(f"the connection broke after {_size(file.tell())} of {_size(total)}")
+
+
+def _download(url: str, target: Path) -> None:
+    """Fetch `url` into `target`, whole or not at all; what breaks off is taken up where it broke, also by a later call.
+
+    OSError if the host does not answer within 10 s, keeps breaking off, or sends a web page in place of the file.
+    """
+    partial = target.with_name(target.name + ".part")
+    for pause in (1, 2, 4, 8, 0):
+        try:
+            _fetch_rest(url, partial, target.name)
+            break
+        except OSError:
+            if not pause or not partial.exists() or not partial.stat().st_size:  # it never began: say so at once
+                raise
+            time.sleep(pause)
+    if page := _web_page(partial):
+        partial.unlink()
+        raise OSError(f"the host sent a web page ({page!r}) in place of the file")
     partial.replace(target)
 
 
@@ -842,7 +1036,7 @@ def _portraits_are_right(path: Path) -> bool:
                 return False
             lines = sorted((info.filename.rsplit("/", 1)[1], hashlib.sha256(archive.read(info)).hexdigest())
                            for info in inside)
-    except (zipfile.BadZipFile, zlib.error, OSError):
+    except Exception:  # zipfile raises half a dozen kinds on damage
         return False
     return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in lines).encode()).hexdigest() == _PORTRAITS["sha256"]
 
@@ -851,7 +1045,10 @@ def _open_portraits() -> Source:
     path = _downloads() / "portraits.zip"
     if not (path.exists() and _portraits_are_right(path)):
         try:
+            continued = path.with_name(path.name + ".part").exists()
             _download(_PORTRAITS["url"], path)
+            if continued and not _portraits_are_right(path):  # GitHub may have made the zip anew in between
+                _download(_PORTRAITS["url"], path)
         except OSError as error:
             raise ConnectionError(f"the portraits could not be fetched ({_one_line(error)}): check the network, "
                                   "or use the source 'synthetic' or a folder of your own") from None
@@ -874,7 +1071,9 @@ def _celeba_at(place: Path) -> Source | None:
         print(f"copying {path} to this machine ...")
         path = Path(shutil.copyfile(path, _downloads() / _CELEBA["zip"]))
     if path.stat().st_size != _CELEBA["bytes"]:
-        print(f"{path} is not CelebA's: {path.stat().st_size:,} bytes instead of {_CELEBA['bytes']:,}; left alone")
+        page = _web_page(path)
+        found = f"a web page ({page!r})" if page else f"{path.stat().st_size:,} bytes instead of {_CELEBA['bytes']:,}"
+        print(f"{path} is not CelebA's: {found}; left alone")
         return None
     with open(path, "rb") as file:
         right = hashlib.file_digest(file, "md5").hexdigest() == _CELEBA["md5"]
@@ -996,8 +1195,8 @@ def _square(source: Source, name: str):
             raise ValueError(f"too small ({width} x {height} px; the shorter side must have {_SMALLEST})")
         if long > 8 * short:
             raise ValueError(f"too long and narrow for a face ({width} x {height} px)")
-    except (ValueError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        return None, _one_line(error), False
+    except Exception as error:  # decoders and zipfile raise all kinds on damage
+        return None, _one_line(error) or type(error).__name__, False
     size = (_SIDE, round(height * _SIDE / width)) if width <= height else (round(width * _SIDE / height), _SIDE)
     image = _on_white(image)
     if size != image.size:
@@ -1006,53 +1205,33 @@ def _square(source: Source, name: str):
     return np.asarray(image.crop((left, top, left + _SIDE, top + _SIDE))), "", short < _SIDE
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    """Write `value` so that `path` is never half-written."""
-    _write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def _read_json(path: Path, what: str) -> dict:
-    """ValueError in one line if `path` is damaged or not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_one_line(error)}): {what}") from None
-
-
-def _check_format(record: dict, newest: int, what: object) -> None:
-    """ValueError if `record` is of a format that this version does not read."""
-    number = record.get("format")
-    if not isinstance(number, int):
-        raise ValueError(f"{what} is damaged (it does not say its format)")
-    if number > newest:
-        raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
+def _journal_line(block: dict) -> str:
+    text = json.dumps(block)
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {text}\n"
 
 
 def _journal(path: Path, header: dict, pixels: Path) -> list[dict]:
-    """The blocks that an interrupted preparation has finished; a fresh journal if it was another's."""
+    """The blocks that an interrupted preparation has finished and that are still whole; a fresh journal if it was another's."""
     blocks = []
-    if path.exists():
-        with contextlib.suppress(ValueError):  # the last line may be half-written
-            for line in path.read_text(encoding="utf-8").splitlines():
-                blocks.append(json.loads(line))
-    rows = sum(len(block["names"]) for block in blocks[1:])
-    row_bytes = _SIDE * _SIDE * 3
-    if not blocks or blocks[0] != header or not pixels.exists() or pixels.stat().st_size < rows * row_bytes:
-        blocks, rows = [header], 0
+    if path.exists() and pixels.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, RecursionError):
+                block = json.loads(line[65:])
+                if line == _journal_line(block):
+                    blocks.append(block)
+                    continue
+            break  # half-written or damaged: all from here on is done again
+    rows, row_bytes = 0, _SIDE * _SIDE * 3
+    if not blocks or blocks[0] != header:
+        blocks = [header]
         pixels.write_bytes(b"")
-    path.write_text("".join(json.dumps(block) + "\n" for block in blocks), encoding="utf-8")
+    with open(pixels, "rb") as file:
+        for number, block in enumerate(blocks[1:], 1):
+            if hashlib.sha256(file.read(len(block["names"]) * row_bytes)).hexdigest() != block["sha256"]:
+                blocks = blocks[:number]
+                break
+            rows += len(block["names"])
+    _write_atomically(path, "".join(map(_journal_line, blocks)).encode())
     os.truncate(pixels, rows * row_bytes)
     return blocks[1:]
 
@@ -1108,21 +1287,22 @@ class FaceStore:
         path = self.folder / "store.json"
         if not path.exists():
             raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
-        record = _read_json(path, "delete the folder and prepare it again")
-        _check_format(record, _STORE_FORMAT, self.folder)
+        record = _read_sealed(path, _STORE_FORMAT, "delete the folder and prepare it again")
         try:
             self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
             self.names, self.fingerprint = record["names"], record["fingerprint"]
             self.left_out, self.enlarged = record["left_out"], record["enlarged"]
             self.split = np.array(record["split"], dtype=np.uint8)
             self._sums = record["blocks"]
+            self._ends = np.cumsum([rows for rows, _ in self._sums])
             expected = hashlib.sha256(json.dumps([self.names, self._sums, record["split"]]).encode()).hexdigest()
-        except (KeyError, TypeError, ValueError) as error:
+            size = (self.folder / "faces.u8").stat().st_size
+            whole = (expected == self.fingerprint and size == len(self.names) * _SIDE * _SIDE * 3 > 0
+                     and self._ends[-1] == len(self.names) == len(self.split) and self.split.max() < len(_SPLITS))
+        except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
             raise ValueError(f"{path} is damaged ({_one_line(error)}): prepare it again") from None
-        size = (self.folder / "faces.u8").stat().st_size
-        if expected != self.fingerprint or size != len(self.names) * _SIDE * _SIDE * 3:
+        if not whole:
             raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
-        self._ends = np.cumsum([rows for rows, _ in self._sums])
         self._unchecked = set(range(len(self._sums)))
         self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self.names), _SIDE, _SIDE, 3))
 
@@ -1168,17 +1348,37 @@ class FaceStore:
         return text + (f"; {len(self.enlarged)} enlarged, kept out of test" if self.enlarged else "")
 
 
+def _fill_store(opened: Source, source: str, folder: Path, limit: int | None) -> None:
+    """Decode what `opened` has, and what an interrupted preparation has not done yet, into the store in `folder`."""
+    from tqdm import tqdm
+
+    names = _limited(opened.names, limit)
+    pixels, journal = folder / "faces.u8", folder / "journal.jsonl"
+    signature = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    blocks = _journal(journal, {"format": _STORE_FORMAT, "source": source, "names": signature}, pixels)
+    done = len(blocks) * _BLOCK
+    _check_space(folder, max(0, len(names) - done) * _SIDE * _SIDE * 3, f"{len(names):,} prepared faces")
+    with (ThreadPoolExecutor(os.cpu_count()) as pool, open(pixels, "ab") as file, open(journal, "a") as log,
+          tqdm(total=len(names), desc="preparing", unit="face", mininterval=0.5) as bar):
+        bar.update(done)
+        for start in range(done, len(names), _BLOCK):
+            blocks.append(_prepare_block(opened, names[start:start + _BLOCK], pool, bar, file))
+            log.write(_journal_line(blocks[-1]))
+            log.flush()
+    try:
+        _write_atomically(folder / "store.json", _sealed(_store_record(source, opened.title, limit, blocks)))
+    finally:
+        journal.unlink()  # done, or no face was usable: then a mended source starts anew
+
+
 def prepare(source: str | Path, folder: str | Path, limit: int | None = None) -> FaceStore:
     """Turn a source (see `open_source`) into the `FaceStore` in `folder`, decoding on all cores.
 
     limit: take so many training faces, and validation and test faces in proportion. Interrupted, it
     continues where it was; on a finished store of the same source it only checks every block. Raises
-    ValueError if the folder holds another source's store, or if no image is usable.
+    ValueError if the folder holds another source's store, or if no image is usable; BlockingIOError if another
+    process is preparing into it; OSError if the disk is too small.
     """
-    from concurrent.futures import ThreadPoolExecutor  # Pillow decodes and resizes without the GIL
-
-    from tqdm import tqdm
-
     folder, source = Path(folder), str(Path(source))
     if (folder / "store.json").exists():
         store = FaceStore(folder)
@@ -1190,23 +1390,12 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
     opened = open_source(source)
     if opened.title == "synthetic" and limit:
         opened = _open_synthetic(2 * limit + 100)  # enough names for each part of the split; only those kept are drawn
-    names = _limited(opened.names, limit)
     folder.mkdir(parents=True, exist_ok=True)
-    pixels, journal = folder / "faces.u8", folder / "journal.jsonl"
-    signature = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    blocks = _journal(journal, {"format": _STORE_FORMAT, "source": source, "names": signature}, pixels)
-    with (ThreadPoolExecutor(os.cpu_count()) as pool, open(pixels, "ab") as file, open(journal, "a") as log,
-          tqdm(total=len(names), desc="preparing", unit="face", mininterval=0.5) as bar):
-        bar.update(len(blocks) * _BLOCK)
-        for start in range(len(blocks) * _BLOCK, len(names), _BLOCK):
-            blocks.append(_prepare_block(opened, names[start:start + _BLOCK], pool, bar, file))
-            log.write(json.dumps(blocks[-1]) + "\n")
-            log.flush()
-    try:
-        _write_json(folder / "store.json", _store_record(source, opened.title, limit, blocks))
-    finally:
-        journal.unlink()  # done, or no face was usable: then a mended source starts anew
-    return FaceStore(folder)
+    with _locked(folder):
+        if not (folder / "store.json").exists():
+            _fill_store(opened, source, folder, limit)
+            return FaceStore(folder)
+    return prepare(source, folder, limit)  # another process finished it just now
 
 
 def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
@@ -1626,6 +1815,10 @@ def _seal_fits(path: Path) -> bool:
         return file.read() == digest.hexdigest().encode()
 
 
+def _checkpoint_path(folder: Path, update: int) -> Path:
+    return folder / f"update-{update:08d}.pt"
+
+
 def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> Path:
     """Write `state` (plain data with an `update`) into `folder`, never half-written; keep the newest `keep`. Returns the file.
 
@@ -1633,7 +1826,12 @@ def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / f"update-{state['update']:08d}.pt", folder / "checkpoint.part"
+    path, partial = _checkpoint_path(folder, state["update"]), folder / "checkpoint.part"
+    # those of later updates, which only a damaged checkpoint leaves behind, do not count
+    older = [each for each in sorted(folder.glob("update-*.pt")) if each.name < path.name]
+    if older and shutil.disk_usage(folder).free < 1.1 * older[-1].stat().st_size:
+        for old in older[:-1]:  # no room for one more: make it before, not after
+            old.unlink()
     with open(partial, "w+b") as file:
         torch.save({"format": _FORMAT} | state, file)
         file.seek(-2, os.SEEK_END)  # the length of the comment
@@ -1645,21 +1843,28 @@ def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> Path:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    # those of later updates, which only a damaged checkpoint leaves behind, do not count
-    for old in [each for each in sorted(folder.glob("update-*.pt")) if each.name <= path.name][:-keep]:
-        old.unlink()
+    for old in older[:1 - keep or None]:
+        old.unlink(missing_ok=True)
     return path
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """The plain data of one checkpoint. ValueError if a byte is damaged, the format newer, or more than plain data in it."""
-    if not _seal_fits(Path(path)):
+    path = Path(path)
+    if not _seal_fits(path):
         raise ValueError(f"{path} is damaged or cut off (its checksum does not fit)")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch would unpack a zip bomb; its own files are not compressed
+            if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size
+                   for info in archive.infolist()):
+                raise ValueError("compressed")
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs what is in it
-    except Exception:  # torch raises pickle's errors and its own
+        update = state["update"]
+    except Exception:  # zipfile, torch and pickle raise all kinds
         raise ValueError(f"{path} holds more than plain data, or is no checkpoint: it was not opened") from None
     _check_format(state, _FORMAT, path)
+    if type(update) is not int or update < 0:
+        raise ValueError(f"{path} is no checkpoint of this project")
     return state
 
 
@@ -1676,7 +1881,7 @@ def _newest_of(paths: Sequence[Path], damaged: list[str]) -> dict | None:
 def _backup_update(backup: Path) -> float:
     """The update that the newest slot of `backup` holds by its manifest; inf if only the slots can tell, -1 without any."""
     try:
-        return float(_read_json(backup / "manifest.json", "")["update"])
+        return float(_read_sealed(backup / "manifest.json", _FORMAT, "")["update"])
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf if any((backup / slot).exists() for slot in _SLOTS) else -1
 
@@ -1710,14 +1915,19 @@ class Backup:
     """Copies of a run in a second folder (on Drive, say), made by a thread of its own: training never waits.
 
     Two slots are overwritten in turn, without deleting or renaming (Drive keeps what is deleted, and counts
-    it), and a manifest is written last. If the folder fails, the copy is tried again with the next state.
+    it), and a manifest is written last. If the folder fails, the copy is tried again, with growing pauses, or
+    with the next state. `status` says what the last good copy holds, and whether it fails since.
+    Raises OSError if the folder is on a Drive that is not mounted, or has no room for two slots of `needed` bytes.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, needed: int = 0):
         self.folder = Path(folder)
         _check_mounted(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        there = sum(path.stat().st_size for slot in _SLOTS if (path := self.folder / slot).exists())
+        _check_space(self.folder, 2 * needed - there, "two checkpoints")
         self.status = "no backup yet"
+        self._session, self._before = os.urandom(8).hex(), self._manifest().get("session")
         self._waiting: tuple | None = None
         self._wake, self._closing, self._warned = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -1729,12 +1939,23 @@ class Backup:
             self._waiting = (checkpoint, update, list(files))
             self._wake.notify()
 
-    def close(self) -> None:
-        """Finish the copy under way and the one waiting; call it once, at the end."""
+    def close(self, minutes: float = 15) -> None:
+        """Finish the copy under way and the one waiting, but do not wait for longer than `minutes`; call it once, at the end."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(2)
+        if self._thread.is_alive():
+            print(f"finishing the backup in {self.folder} ...", file=sys.stderr)
+            self._thread.join(minutes * 60)
+        if self._thread.is_alive():
+            print(f"WARNING: the backup in {self.folder} hangs; last good backup: {self.status}", file=sys.stderr)
+
+    def _manifest(self) -> dict:
+        try:
+            return _read_sealed(self.folder / "manifest.json", _FORMAT, "")
+        except (OSError, ValueError):  # none yet, or half-written
+            return {}
 
     def _work(self) -> None:
         delay, retry = 1.0, None
@@ -1765,14 +1986,17 @@ class Backup:
         if not self._warned:
             print(f"WARNING: the backup in {self.folder} fails ({_one_line(error)}); training goes on and it is tried again; "
                   f"last good backup: {self.status}", file=sys.stderr)
+            self.status += f", failing since {time.strftime('%H:%M:%S')}"
         self._warned = True
 
     def _copy(self, checkpoint: Path, update: int, files: Sequence[Path]) -> None:
         _check_mounted(self.folder)
-        manifest = self.folder / "manifest.json"
-        try:
-            last = _SLOTS.index(_read_json(manifest, "")["slot"])
-        except (OSError, ValueError, KeyError):  # none yet, or half-written: then the older slot goes
+        manifest = self._manifest()
+        if manifest.get("session") not in (None, self._before, self._session):
+            raise OSError("another session has begun to write its backups there")
+        if manifest.get("slot") in _SLOTS:
+            last = _SLOTS.index(manifest["slot"])
+        else:  # the older slot goes
             ages = [path.stat().st_mtime if (path := self.folder / name).exists() else 0 for name in _SLOTS]
             last = 1 if ages[1] >= ages[0] else 0
         slot = self.folder / _SLOTS[1 - last]
@@ -1783,8 +2007,9 @@ class Backup:
         shutil.copyfile(checkpoint, slot)
         if not _seal_fits(slot):
             raise OSError(f"{slot} does not read back as written")
-        record = {"slot": slot.name, "update": update, "bytes": slot.stat().st_size, "saved": time.strftime("%Y-%m-%d %H:%M:%S")}
-        manifest.write_text(json.dumps(record))
+        record = {"format": _FORMAT, "slot": slot.name, "update": update, "bytes": slot.stat().st_size,
+                  "saved": time.strftime("%Y-%m-%d %H:%M:%S"), "session": self._session}
+        (self.folder / "manifest.json").write_bytes(_sealed(record))
 
 
 def _digest(tensors: dict[str, Tensor], about: str) -> str:
@@ -1829,16 +2054,20 @@ def load_generator(path: str | Path, scale: int | None = None) -> tuple[Generato
             raise KeyError("config")
     except (KeyError, TypeError):
         raise ValueError(f"{path} is safetensors, but not a generator of this project") from None
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from None
     _check_format(about, _FORMAT, path)
     config = Config.from_dict(about["config"])
     if scale not in (None, config.scale):
         raise ValueError(f"{path} is a network for {config.scale}x, not {scale}x: use --scale {config.scale} or other weights")
-    generator = Generator(config)
+    with torch.device("meta"):  # no memory for weights that the file may not hold
+        generator = Generator(config)
     try:
-        generator.load_state_dict(tensors)  # copies into float32, also from half precision
-    except RuntimeError:
+        if any(tensors[name].is_floating_point() != mine.is_floating_point() for name, mine in generator.state_dict().items()):
+            raise RuntimeError("another kind of number")
+        generator.load_state_dict(tensors, assign=True)
+        generator.float()  # from half precision
+    except (RuntimeError, KeyError):
         raise ValueError(f"{path} does not hold the network that its header tells of: export it again") from None
     return generator.eval(), config, about
 
@@ -2088,6 +2317,12 @@ class TrainState:
         names = ("generator", "discriminator", "ema", "g_optimizer", "d_optimizer", "scaler")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: all weights and statistics, and Adam's two moments of every trained weight."""
+        networks = [part for part in self.parts().values() if isinstance(part, nn.Module)]
+        moments = 2 * sum(p.nbytes for network in networks for p in network.parameters() if p.requires_grad)
+        return moments + sum(value.nbytes for network in networks for value in network.state_dict().values())
+
 
 def _learning_rate(config: Config, update: int) -> float:
     """Warm-up, then constant or a cosine down to a hundredth, of the stage that update number `update` (from 0) is in."""
@@ -2248,6 +2483,8 @@ def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minu
 
 def _require_same_run(place: Path, record: dict, store: FaceStore, config: Config) -> None:
     """ValueError if what `record`, found in `place`, was made with other faces or with another config than `config`."""
+    if not isinstance(record.get("config"), dict):
+        raise ValueError(f"{place} does not say how the run was made: start a new run in another folder")
     if record.get("store") != store.fingerprint:
         raise ValueError(f"{place} was trained on other faces than those in {store.folder}: name the store it began with, "
                          "or another folder")
@@ -2257,75 +2494,117 @@ def _require_same_run(place: Path, record: dict, store: FaceStore, config: Confi
             raise ValueError(f"{place} was started with {name}={old}, not {value}: start a new run in another folder")
 
 
-def _continued(folder: Path, record: dict, store: FaceStore, given: dict) -> Config:
-    """The recorded config with the changes that a run allows; ValueError for any other, or for another store."""
-    _check_format(record, _FORMAT, folder / "config.json")
-    if not isinstance(record.get("config"), dict):
-        raise ValueError(f"{folder / 'config.json'} is damaged: restore it, or start a new run in another folder")
-    config = Config.from_dict(record["config"] | given)
-    _require_same_run(folder, record, store, config)
-    return config
-
-
-def _open_run(folder: Path, store: FaceStore, preset: str | None, changes: dict, device: torch.device,
+def _open_run(folder: Path, record: dict | None, store: FaceStore, preset: str | None, changes: dict, device: torch.device,
               for_minutes: float | None) -> tuple[Config, list[str]]:
-    """The config of the run in `folder`, new or continued, and what there is to say about it."""
-    path, notes = folder / "config.json", []
-    if path.exists():
-        record = _read_json(path, "restore it, or start a new run in another folder")
-        config = _continued(folder, record, store, changes if preset is None else {"preset_name": preset} | changes)
+    """The config of the run in `folder`, continued if there is a `record` of it, and what there is to say about it."""
+    notes = []
+    if record:
+        given = changes if preset is None else {"preset_name": preset} | changes
+        old = record.get("config")
+        config = Config.from_dict((old if isinstance(old, dict) else {}) | given)
+        _require_same_run(folder, record, store, config)
         if for_minutes:
             notes.append(f"the run keeps its own length, {config.total_steps} updates; --for-minutes sets that of new runs only")
     else:
-        if (folder / "ckpt").exists():
-            raise ValueError(f"{folder} has checkpoints but no config.json: start a new run in another folder")
         config = Config.preset("sharp" if preset is None else preset, **changes).for_faces(len(store.indices("train")))
     precision = resolve_precision(config.precision, device)
     if config.precision not in ("auto", precision):
         notes.append(f"precision changes from {config.precision} to {precision}, which is what this device has")
     config = replace(config, precision=precision)
-    if for_minutes and not path.exists():
+    if for_minutes and not record:
         config = _fit_to_minutes(config, store, device, for_minutes)
     return config, notes
 
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[list]:
-    """Ctrl-C and the notebook's stop button wait until the update under way is whole; the list then is not empty."""
+    """Ctrl-C, the notebook's stop button and a polite `kill` wait until the update under way is whole; the list then is
+    not empty."""
     held: list = []
-    if threading.current_thread() is not threading.main_thread():
-        yield held
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {kind: signal.signal(kind, lambda *_: held.append(True)) for kind in kinds}
     try:
         yield held
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _snapshot(value):
+    """A copy in the CPU's memory of all tensors in nested dictionaries and lists, which training cannot change any more."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _snapshot(each) for key, each in value.items()}
+    return [_snapshot(each) for each in value] if isinstance(value, list) else value
+
+
+def _load_part(part, saved: dict) -> None:
+    """`part.load_state_dict`, where an optimiser takes its moments from `saved` and keeps its own settings."""
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(saved)
+        return
+    part.load_state_dict({"state": saved["state"], "param_groups": part.state_dict()["param_groups"]})
+    for weight, moments in part.state.items():
+        if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {weight.shape} or moments["step"].numel() != 1:
+            raise ValueError("moments of other weights")
 
 
 class _Run:
     """The files and the clock of one training run; `advance` does updates until there is something to report."""
 
-    def __init__(self, folder: Path, store: FaceStore, state: TrainState, max_minutes: float | None):
-        self.folder, self.store, self.state = folder, store, state
-        self.backup: Backup | None = None
+    def __init__(self, folder: Path, store: FaceStore, state: TrainState, max_minutes: float | None, backup: Backup | None):
+        self.folder, self.store, self.state, self.backup = folder, store, state, backup
         self.began = self.saved_at = self.reported = time.perf_counter()
         self.deadline = self.began + max_minutes * 60 if max_minutes else math.inf
         self.seconds_before, self.pending, self.pace = 0.0, [], {}
         self.saved_update, self.losses = -1, {}
+        self.writer, self.writing = ThreadPoolExecutor(1), None  # writes checkpoints while training goes on
+        self.between = True                                      # two updates, that is: what is in memory is whole
         part = "validation" if (store.split == 1).any() else "train"
         members = store.indices(part)
         self.probes = store.faces(members[:: max(1, len(members) // 4)][:4])
         (folder / "samples").mkdir(parents=True, exist_ok=True)
 
     def resume(self, saved: dict) -> None:
+        """Continue from the checkpoint `saved`. ValueError if it is not one of this run."""
         _require_same_run(self.folder / "ckpt", saved, self.store, self.state.config)
-        for name, part in self.state.parts().items():
-            if saved.get(name):  # the scaler's is empty where the run began without fp16
-                part.load_state_dict(saved[name])
-        self.state.update, self.seconds_before = saved["update"], saved["seconds"]
-        _write_atomically(self.folder / "history.csv", saved["history"].encode())  # drops rows that would come twice
+        try:
+            for name, part in self.state.parts().items():
+                if saved.get(name):  # the scaler's is empty where the run began without fp16
+                    _load_part(part, saved[name])
+            self.state.update, self.seconds_before = saved["update"], float(saved["seconds"])
+            history = saved["history"].encode()
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
+            raise ValueError(f"the checkpoint of update {saved['update']} in {self.folder / 'ckpt'} does not hold the networks "
+                             "of this run: delete it to continue from the one before, or start a new run") from None
+        _write_atomically(self.folder / "history.csv", history)  # drops rows that would come twice
         self.saved_update = saved["update"]
+        path = _checkpoint_path(self.folder / "ckpt", self.saved_update)
+        if self.backup and path.exists() and _backup_update(self.backup.folder) != self.saved_update:
+            self._back_up(path)  # the process that saved it did not live to do that
+
+    def _back_up(self, checkpoint: Path) -> None:
+        names = ("config.json", "history.csv", "pretrained.safetensors", "generator.safetensors")
+        self.backup.submit(checkpoint, self.saved_update, [self.folder / name for name in names])
+
+    def settle(self) -> None:
+        """Wait until the checkpoint under way is on disk; OSError if it cannot be written."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def end(self) -> None:
+        """Save what is not saved yet, and let the threads finish."""
+        try:
+            if self.between:
+                self.save()
+            self.settle()
+        finally:
+            self.between = False
+            self.writer.shutdown()
+            if self.backup:
+                self.backup.close()
 
     @property
     def seconds(self) -> float:
@@ -2349,28 +2628,35 @@ class _Run:
         self.pending = []
 
     def _stop(self, step: int, name: str, value: float) -> None:
+        self.settle()
         good = f"of update {self.saved_update} in {self.folder / 'ckpt'}" if self.saved_update > 0 else "not there yet"
         raise FloatingPointError(f"update {step}: {name} is {value}; the last good checkpoint is {good}: "
                                  "try a lower learning_rate or precision=fp32 in a new run")
 
+    def _write(self, content: dict) -> None:
+        path = save_checkpoint(self.folder / "ckpt", content)
+        self.saved_update = content["update"]
+        if self.backup:
+            self._back_up(path)
+
     def save(self, measure: bool = False) -> None:
-        """A checkpoint with all that resuming needs, and the generator in use beside it; `measure` as for `export`."""
+        """The generator in use, and a checkpoint of all that resuming needs, which a thread writes from a copy in memory.
+
+        The checkpoint comes last, so that none tells of files that are not there; `measure` as for `export`.
+        """
         self.flush()
+        self.settle()
         state = self.state
         if self.saved_update == state.update:
             return
         networks = (state.generator, state.discriminator)
         if not all(p.isfinite().all() for network in networks for p in network.parameters()):
             self._stop(state.update, "a weight", math.nan)  # the losses tell only of the weights before the last step
-        parts = {name: part.state_dict() for name, part in state.parts().items()}
-        history = (self.folder / "history.csv").read_text(encoding="utf-8")
-        path = save_checkpoint(self.folder / "ckpt", parts | {"update": state.update, "seconds": self.seconds, "history": history,
-                                                              "config": asdict(state.config), "store": self.store.fingerprint})
-        self.saved_update, self.saved_at = state.update, time.perf_counter()
         self.export("generator", measure)
-        if self.backup:
-            names = ("config.json", "history.csv", "pretrained.safetensors", "generator.safetensors")
-            self.backup.submit(path, state.update, [self.folder / name for name in names])
+        content = _snapshot({name: part.state_dict() for name, part in state.parts().items()}) | {
+            "update": state.update, "seconds": self.seconds, "config": asdict(state.config), "store": self.store.fingerprint,
+            "history": (self.folder / "history.csv").read_text(encoding="utf-8")}
+        self.writing, self.saved_at = self.writer.submit(self._write, content), time.perf_counter()
 
     def export(self, name: str, measure: bool = False) -> None:
         """Write the generator in use as NAME.safetensors; `measure` adds its scores on up to 32 validation faces."""
@@ -2415,6 +2701,9 @@ class _Run:
     def advance(self, held: list) -> Progress:
         """Train for about a second, or until a strip is drawn, a checkpoint saved, or there is nothing more to do."""
         state, config, begun, first = self.state, self.state.config, time.perf_counter(), self.state.update
+        self.between = False
+        if self.writing and self.writing.done():
+            self.settle()  # if it failed, it is said now
         stage = "pretrain" if first < config.pretrain_steps else "adversarial"
         state.generator.train()
         state.discriminator.train()
@@ -2436,6 +2725,9 @@ class _Run:
         saved = worked and bool(done or held or self._save_due())
         if saved:
             self.save(measure=done)
+        if done or held:
+            self.settle()
+        self.between = True
         if held:
             raise KeyboardInterrupt(f"stopped at update {state.update} of {config.total_steps}; saved, run again to continue")
         images_per_second = config.batch_size / self.pace.get(stage, math.inf)
@@ -2443,13 +2735,42 @@ class _Run:
                         saved, self.backup.status if self.backup else "", done)
 
 
-def _restore_from_backup(folder: Path, backup: Path) -> None:
-    """On a fresh machine, take the small files of a run from its backup."""
-    if (backup / "config.json").exists() and not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("pretrained.safetensors", "generator.safetensors", "config.json"):
-            if (backup / name).exists():
-                shutil.copyfile(backup / name, folder / name)
+def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, backup: Path | None,
+           max_minutes: float | None, for_minutes: float | None) -> tuple[_Run, list[str]]:
+    """The run in `folder`, new or continued, ready to advance, and what there is to say about it."""
+    device, path, theirs = pick_device(), folder / "config.json", None
+    if backup:
+        _check_mounted(backup)
+        with contextlib.suppress(OSError, ValueError):  # none, or half-written: then the slots tell
+            theirs = _read_sealed(backup / "config.json", _FORMAT, "")
+    saved = newest_checkpoint(folder / "ckpt", backup)
+    if path.exists():
+        record = _read_sealed(path, _FORMAT, "delete this file, and the run continues with what its checkpoint says")
+    else:
+        record = theirs or saved
+    config, notes = _open_run(folder, record, store, preset, changes, device, for_minutes)
+    if theirs:
+        _require_same_run(backup, theirs, store, config)
+    state = TrainState.create(config, device)  # before anything is written: what fails here can be asked for differently
+    size, there = state.checkpoint_bytes(), sum(each.stat().st_size for each in (folder / "ckpt").glob("*"))
+    _check_space(folder, 2 * size - there, "two checkpoints")
+    copies = Backup(backup, size) if backup else None
+    notes.append(f"checkpoints of {_size(size)} each: the newest two in {folder / 'ckpt'}{f' and in {backup}' if backup else ''}")
+    for name in ("pretrained.safetensors", "generator.safetensors"):
+        if theirs and not path.exists() and (backup / name).exists():  # a fresh machine
+            _write_atomically(folder / name, (backup / name).read_bytes())
+    about = {"format": _FORMAT, "store": store.fingerprint, "config": asdict(config), "environment": environment()}
+    _write_atomically(path, _sealed(about))
+    run = _Run(folder, store, state, max_minutes, copies)
+    if saved:
+        run.resume(saved)
+        notes.append(f"continues at update {saved['update']} of {config.total_steps}")
+    else:
+        (folder / "history.csv").unlink(missing_ok=True)  # rows of updates that no checkpoint holds
+    return run, notes
+
+
+_LOOPS: dict[Path, tuple[_Run, contextlib.ExitStack]] = {}  # this process's runs, by their folder
 
 
 def train(store: FaceStore, folder: str | Path, preset: str | None = None, changes: dict | None = None, *,
@@ -2460,30 +2781,22 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
     preset, changes: as for `Config.preset`; a run that exists keeps what is not given, and refuses (ValueError) a
     difference that would make it another run. max_minutes: save and stop after so long. for_minutes: a new run
     sets its length to fit. backup: a second folder (on Drive) for copies, from which it also continues. Stopping
-    (Ctrl-C, the stop button, leaving the loop) saves first. FloatingPointError if a loss is not finite.
+    (Ctrl-C, the stop button, leaving the loop) saves first. FloatingPointError if a loss is not finite;
+    BlockingIOError if another process trains this run; OSError if two checkpoints do not fit on the disk.
     """
-    folder, device = Path(folder), pick_device()
-    backup = Path(backup) if backup else None
-    if backup:
-        _check_mounted(backup)
-        _restore_from_backup(folder, backup)
-    config, notes = _open_run(folder, store, preset, changes or {}, device, for_minutes)
-    if backup and (backup / "config.json").exists():
-        _require_same_run(backup, _read_json(backup / "config.json", "name another backup folder"), store, config)
-    saved = newest_checkpoint(folder / "ckpt", backup)
-    state = TrainState.create(config, device)  # before config.json, so that what fails here can be asked for differently
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"format": _FORMAT, "store": store.fingerprint, "config": asdict(config), "environment": environment()}
-    _write_json(folder / "config.json", record)
-    run = _Run(folder, store, state, max_minutes)
-    if saved:
-        run.resume(saved)
-        notes.append(f"continues at update {saved['update']} of {config.total_steps}")
-        del saved  # as large as the networks and optimisers themselves
-    else:
-        (folder / "history.csv").unlink(missing_ok=True)  # rows of updates that no checkpoint holds
-    run.backup = Backup(backup) if backup else None
-    try:
+    folder = Path(folder)
+    key, new = folder.resolve(), not folder.exists()
+    run, stack = _LOOPS.get(key, (None, None))
+    if run and run.between:  # a cell was stopped while it showed something: its loop is over, but still in memory
+        stack.close()
+    with contextlib.ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.callback(lambda: new and not any(folder.iterdir()) and folder.rmdir())
+        stack.enter_context(_locked(folder))
+        run, notes = _begin(folder, store, preset, changes or {}, Path(backup) if backup else None, max_minutes, for_minutes)
+        stack.callback(run.end)
+        _LOOPS[key] = run, stack
+        stack.callback(_LOOPS.pop, key)
         while True:
             with _interrupts_held() as held:
                 progress = run.advance(held)
@@ -2491,12 +2804,8 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
             yield progress
             if progress.done:
                 return
-    except GeneratorExit:
-        run.save()
-        raise
-    finally:
-        if run.backup:
-            run.backup.close()
+            if not run.between:
+                raise ValueError(f"{folder} is trained by a newer call of train()")
 
 
 # -----------------------------------------------------------------------------
@@ -2716,7 +3025,7 @@ def _write_comparison(store: FaceStore, generator: Generator, config: Config, fo
         writer.writeheader()
         writer.writerows(rows)
     summary = summarise(rows, config, split)
-    _write_json(folder / "metrics.json", summary)
+    _write_atomically(folder / "metrics.json", (json.dumps(summary, indent=1) + "\n").encode())
     shown = chosen[[i * len(chosen) // min(4, len(chosen)) for i in range(min(4, len(chosen)))]]
     comparison_figure(generator, config, store.faces(shown)).savefig(folder / "panels.png", dpi=100)
     return summary

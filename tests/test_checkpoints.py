@@ -166,23 +166,23 @@ def test_backup_writes_two_slots_in_turn(tmp_path):
 
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
     """And a slot is read back first: a copy that lies is no backup."""
-    order, copyfile, write_text, fits = [], shutil.copyfile, Path.write_text, srgan._seal_fits
+    order, copyfile, write_bytes, fits = [], shutil.copyfile, Path.write_bytes, srgan._seal_fits
     monkeypatch.setattr(shutil, "copyfile", lambda source, target: order.append(target.name) or copyfile(source, target))
-    monkeypatch.setattr(Path, "write_text", lambda self, *args, **kw: order.append(self.name) or write_text(self, *args, **kw))
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: order.append(self.name) or write_bytes(self, data))
     monkeypatch.setattr(srgan, "_seal_fits", lambda path: order.append(f"read {path.name}") or fits(path))
     small = tmp_path / "config.json"
-    write_text(small, "{}")
+    write_bytes(small, b"{}")
     backed_up(tmp_path / "b", 1, files=[small])
     assert order == ["config.json", "slot_a.pt", "read slot_a.pt", "manifest.json"]
 
     def short(source, target):
-        target.write_bytes(source.read_bytes()[:-1])
+        write_bytes(target, source.read_bytes()[:-1])
 
     monkeypatch.setattr(shutil, "copyfile", short)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     failing = backed_up(tmp_path / "b", 2)
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["update"] == 1
-    assert failing.status == "no backup yet"
+    assert failing.status.startswith("no backup yet, failing since")
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", '{"slot": "other", "update": 3}'])

@@ -394,21 +394,31 @@ def test_another_store_is_refused(store, tiny_run, tmp_path):
 
 
 def test_no_run_starts_on_top_of_lost_checkpoints(store, tmp_path):
-    """Neither where none verifies nor where the config is gone."""
-    folder = tmp_path / "r"
+    folder, names = tmp_path / "r", []
     run(store, folder, "sharp", TINY)
-    config = (folder / "config.json").read_bytes()
-    (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="no config.json"):
-        run(store, folder, "sharp", TINY)
-    (folder / "config.json").write_bytes(config)
-    names = []
     for path in (folder / "ckpt").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
         names.append(path.name)
     with pytest.raises(ValueError) as caught:
         run(store, folder)
     assert len(names) == 2 and all(name in str(caught.value) for name in names)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="verifies"):
+        run(store, folder, "sharp", TINY)
+
+
+def test_a_config_that_is_gone_is_taken_from_the_checkpoint(store, tmp_path):
+    """And a damaged one is named, with what to do."""
+    run(store, tmp_path / "r", "sharp", TINY)
+    path = tmp_path / "r" / "config.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"steps": 3', b'"steps": 4'))
+    with pytest.raises(ValueError, match=r"config\.json is damaged .*: delete this file, and the run continues"):
+        run(store, tmp_path / "r")
+    path.unlink()
+    with pytest.raises(ValueError, match="seed=0, not 1"):
+        run(store, tmp_path / "r", changes={"seed": 1})
+    assert run(store, tmp_path / "r")[-1].step == 6 and path.read_bytes() == whole
 
 
 # --- Broken numbers
@@ -523,7 +533,7 @@ def test_precision_is_resolved_once(store, tmp_path, monkeypatch):
     run(store, tmp_path / "r", "sharp", TINY | {"precision": "auto", "pretrain_steps": 1, "steps": 1})
     assert recorded(tmp_path / "r")["precision"] == "bf16"
     events = run(store, tmp_path / "r", changes={"steps": 2})
-    assert recorded(tmp_path / "r")["precision"] == "bf16" and not any("precision" in note for note in events[0].notes)
+    assert recorded(tmp_path / "r")["precision"] == "bf16" and not any("precision changes" in note for note in events[0].notes)
     monkeypatch.setattr(srgan, "resolve_precision", lambda precision, device: "fp32")
     events = run(store, tmp_path / "r", changes={"steps": 3})
     assert any("precision changes from bf16 to fp32" in note for note in events[0].notes)
