@@ -47,7 +47,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -1276,38 +1276,55 @@ def _store_record(source: str, title: str, limit: int | None, blocks: list[dict]
 class FaceStore:
     """Prepared faces: a memory-mapped array of 178-px squares with names, split and fingerprint.
 
-    Attributes: `source`, `limit`, `title`, `names`, `split` (codes of `_SPLITS`, (len,)), `fingerprint`,
-    `left_out` (pairs of name and reason), `enlarged` (names). A block of faces is checked against its
-    checksum when it is first used. Raises FileNotFoundError or ValueError if the folder is no store,
+    Attributes: `source`, `limit`, `title`, `split` (codes of `_SPLITS`, (len,)), `fingerprint`. A block of faces
+    is checked against its checksum when it is first used. Raises FileNotFoundError or ValueError if the folder is no store,
     one of a newer format, or damaged.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        path = self.folder / "store.json"
-        if not path.exists():
+        if not (self.folder / "store.json").exists():
             raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
-        record = _read_sealed(path, _STORE_FORMAT, "delete the folder and prepare it again")
+        record = self._record()
         try:
             self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
-            self.names, self.fingerprint = record["names"], record["fingerprint"]
-            self.left_out, self.enlarged = record["left_out"], record["enlarged"]
+            self.fingerprint, self._sums = record["fingerprint"], record["blocks"]
             self.split = np.array(record["split"], dtype=np.uint8)
-            self._sums = record["blocks"]
             self._ends = np.cumsum([rows for rows, _ in self._sums])
-            expected = hashlib.sha256(json.dumps([self.names, self._sums, record["split"]]).encode()).hexdigest()
+            parts = [record["names"], self._sums, record["split"]]
             size = (self.folder / "faces.u8").stat().st_size
-            whole = (expected == self.fingerprint and size == len(self.names) * _SIDE * _SIDE * 3 > 0
-                     and self._ends[-1] == len(self.names) == len(self.split) and self.split.max() < len(_SPLITS))
+            whole = (hashlib.sha256(json.dumps(parts).encode()).hexdigest() == self.fingerprint
+                     and size == len(self) * _SIDE * _SIDE * 3 > 0 and self._ends[-1] == len(record["names"]) == len(self)
+                     and self.split.max() < len(_SPLITS))
         except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({_one_line(error)}): prepare it again") from None
+            raise ValueError(f"{self.folder} is damaged ({_one_line(error)}): delete it and prepare it again") from None
         if not whole:
             raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
         self._unchecked = set(range(len(self._sums)))
-        self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self.names), _SIDE, _SIDE, 3))
+        self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self), _SIDE, _SIDE, 3))
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.split)
+
+    def _record(self) -> dict:
+        return _read_sealed(self.folder / "store.json", _STORE_FORMAT, "delete the folder and prepare it again")
+
+    # Lists as long as the store is large: read when first asked for, since training does without
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The faces' names, sorted."""
+        return self._record()["names"]
+
+    @cached_property
+    def left_out(self) -> list[tuple[str, str]]:
+        """What was left out: name and reason."""
+        return self._record()["left_out"]
+
+    @cached_property
+    def enlarged(self) -> list[str]:
+        """Names of the faces that were smaller than 178 px."""
+        return self._record()["enlarged"]
 
     def _check(self, block: int) -> None:
         rows, expected = self._sums[block]
@@ -1355,7 +1372,7 @@ def _fill_store(opened: Source, source: str, folder: Path, limit: int | None) ->
     names = _limited(opened.names, limit)
     pixels, journal = folder / "faces.u8", folder / "journal.jsonl"
     signature = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    blocks = _journal(journal, {"format": _STORE_FORMAT, "source": source, "names": signature}, pixels)
+    blocks = _journal(journal, {"format": _STORE_FORMAT, "source": source, "names": signature, "block": _BLOCK}, pixels)
     done = len(blocks) * _BLOCK
     _check_space(folder, max(0, len(names) - done) * _SIDE * _SIDE * 3, f"{len(names):,} prepared faces")
     with (ThreadPoolExecutor(os.cpu_count()) as pool, open(pixels, "ab") as file, open(journal, "a") as log,
@@ -1832,16 +1849,20 @@ def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> Path:
     if older and shutil.disk_usage(folder).free < 1.1 * older[-1].stat().st_size:
         for old in older[:-1]:  # no room for one more: make it before, not after
             old.unlink()
-    with open(partial, "w+b") as file:
-        torch.save({"format": _FORMAT} | state, file)
-        file.seek(-2, os.SEEK_END)  # the length of the comment
-        file.write((len(_SEAL) + 64).to_bytes(2, "little") + _SEAL)
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0, os.SEEK_END)
-        file.write(digest.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "w+b") as file:
+            torch.save({"format": _FORMAT} | state, file)
+            file.seek(-2, os.SEEK_END)  # the length of the comment
+            file.write((len(_SEAL) + 64).to_bytes(2, "little") + _SEAL)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0, os.SEEK_END)
+            file.write(digest.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer has a RuntimeError of its own for a full disk
+        raise OSError(f"the checkpoint of update {state['update']} cannot be written into {folder} "
+                      f"({_one_line(error.__context__ or error)}): make room, then run it again to continue") from None
     partial.replace(path)
     for old in older[:1 - keep or None]:
         old.unlink(missing_ok=True)

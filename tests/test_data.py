@@ -494,6 +494,7 @@ def other_zip(data: bytes) -> bytes:
 def test_what_is_not_the_portraits_is_refused_and_not_kept(portraits, tmp_path, monkeypatch, reply, headers, size):
     escaped = []
     monkeypatch.setattr(threading, "excepthook", escaped.append)  # else a thread's traceback lands on standard error
+    monkeypatch.setattr(srgan.time, "sleep", lambda seconds: None)  # the pauses before a broken download is taken up
     portraits(reply(portraits.zip), headers, size)
     with pytest.raises((ValueError, ConnectionError), match="portraits.*'synthetic'") as caught:
         srgan.prepare("portraits", tmp_path / "store")
