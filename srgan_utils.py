@@ -35,13 +35,16 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import re
+import reprlib
 import shutil
 import signal
 import stat
 import sys
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -93,9 +96,14 @@ REPOSITORY = "OWNER/srgan-celeba"
 # -----------------------------------------------------------------------------
 
 
+def _shown(value) -> str:
+    """A value for an error message: one short line, however long, deep or many-lined it is."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def _suggest(word: str, words: Sequence[str]) -> str:
     """The end of an error message: the nearest of `words`, or all of them where none is near."""
-    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:99], words, n=1, cutoff=0.5) if isinstance(word, str) else []
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(words)}"
 
 
@@ -117,8 +125,8 @@ _CHOICES = {
 
 def _choice_error(name: str, value) -> str:
     if name == "scale":
-        return f"scale={value!r} is not possible: choose 2, 4, 8 or 16 (each stage of the network doubles the size)"
-    return f"{name}={value!r}: {_suggest(value, [str(choice) for choice in _CHOICES[name]])}"
+        return f"scale={_shown(value)} is not possible: choose 2, 4, 8 or 16 (each stage of the network doubles the size)"
+    return f"{name}={_shown(value)}: {_suggest(value, [str(choice) for choice in _CHOICES[name]])}"
 
 
 def _checked(name: str, kind: str, value):
@@ -129,7 +137,7 @@ def _checked(name: str, kind: str, value):
     whole = isinstance(value, float) and value.is_integer()
     if kind == "int" and whole:
         value = int(value)
-    if kind == "float" and type(value) is int:
+    if kind == "float" and type(value) is int and abs(value) < 1e300:
         value = float(value)
     valid = type(value).__name__ == kind and value == value  # value != value: not a number
     if name in _CHOICES:
@@ -137,7 +145,7 @@ def _checked(name: str, kind: str, value):
             raise ValueError(_choice_error(name, value))
     elif not valid:
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[kind]
-        raise ValueError(f"{name}={value!r} must be {wanted}")
+        raise ValueError(f"{name}={_shown(value)} must be {wanted}")
     elif kind in ("int", "float"):
         low, high = _RANGES.get(name, (0, 1e9))
         if not low <= value <= high:
@@ -211,8 +219,8 @@ class Config:
     sample_steps: int = 500           # updates between two sample strips
 
     def __post_init__(self):
-        if self.preset_name not in PRESETS:
-            raise ValueError(f"there is no preset {self.preset_name!r}: {_suggest(self.preset_name, list(PRESETS))}")
+        if self.preset_name not in list(PRESETS):  # a list: it may be of a kind that cannot be looked up
+            raise ValueError(f"there is no preset {_shown(self.preset_name)}: {_suggest(self.preset_name, list(PRESETS))}")
         for item in fields(self):
             setattr(self, item.name, _checked(item.name, item.type, getattr(self, item.name)))
         dense = self.discriminator == "dense"
@@ -235,7 +243,7 @@ class Config:
         names = [item.name for item in fields(cls)]
         for name in values:
             if name not in names:
-                raise ValueError(f"there is no field {name!r}: {_suggest(name, names)}")
+                raise ValueError(f"there is no field {_shown(name)}: {_suggest(name, names)}")
         return cls(**values)
 
     @property
@@ -490,7 +498,8 @@ def workspace() -> Path:
 
 _MAX_PIXELS = 89_000_000  # Pillow itself warns above, and refuses twice as many
 _MAX_FILE = 400_000_000   # bytes of one image file: as many pixels, not compressed
-_MAX_SCANS = 100          # of a progressive JPEG: cameras write about ten, thousands would keep a core busy for hours
+# Of a JPEG: cameras write about ten scans and a few segments of Exif; thousands would keep a core busy for hours
+_MAX_SCANS, _MAX_EXIF = 100, 500
 # Pillow decides by content, not by name; formats that run an interpreter (EPS, WMF) are left out
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -500,7 +509,7 @@ def _to_rgb(image):
     from PIL import Image
 
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
-        levels = np.asarray(image, dtype=np.int64)
+        levels = np.asarray(image)  # uint16 or int32: wider copies of 89 megapixels would take gigabytes
         deep = image.mode.startswith("I;16") or levels.max(initial=0) > 255  # mode I does not tell 8 from 16 bits
         image = Image.fromarray((levels >> 8 if deep else levels).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -521,8 +530,8 @@ def _read_image(file: str | Path | bytes):
         if os.path.getsize(file) > _MAX_FILE:
             raise ValueError("absurdly large file")
         file = Path(file).read_bytes()
-    if file.startswith(b"\xff\xd8") and file.count(b"\xff\xda") > _MAX_SCANS:
-        raise ValueError("a JPEG of more scans than any camera writes")
+    if file.startswith(b"\xff\xd8") and (file.count(b"\xff\xda") > _MAX_SCANS or file.count(b"\xff\xe1") > _MAX_EXIF):
+        raise ValueError("a JPEG of more scans or segments than any camera writes")
     try:
         with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
             width, height = image.size
@@ -533,8 +542,8 @@ def _read_image(file: str | Path | bytes):
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError("not an image that Pillow can read" if isinstance(error, UnidentifiedImageError)
                          else "absurdly large") from None
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise ValueError(_one_line(error)) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError, ... on damage
         raise ValueError(f"truncated or damaged ({_one_line(error)})") from None
 
@@ -871,15 +880,20 @@ class Source:
 def _hidden(name: str) -> bool:
     """Whether an archive's or a system's own litter (.DS_Store, __MACOSX, Thumbs.db)."""
     parts = Path(name).parts
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1] == "Thumbs.db"
+    return not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1] == "Thumbs.db"
 
 
 def _open_folder(folder: Path, title: str) -> Source:
-    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = sorted(name for name in paths if not _hidden(name))
+    names, on_disk = [], {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not _hidden(name):
+            names.append(name.encode(errors="surrogateescape").decode(errors="replace"))
+            if names[-1] != name:  # not UTF-8, as old zips leave it
+                on_disk[names[-1]] = name
     if not names:
         raise ValueError(f"{folder} is empty: a source needs at least one image")
-    return Source(title, names, lambda name: _read_image(folder / name))
+    return Source(title, sorted(names), lambda name: _read_image(folder / on_disk.get(name, name)))
 
 
 def _web_page(path: Path) -> str:
@@ -924,7 +938,7 @@ def _open_zip(path: Path, title: str, inside: str = "") -> Source:
                          f"{path} is not a zip, or it is cut off ({_one_line(error)}): fetch it again") from None
     entries = [info for info in archive.infolist() if info.filename.startswith(inside)]
     _refuse_hostile(path, entries)
-    members = {info.filename: info for info in entries if not info.is_dir() and not _hidden(info.filename)}
+    members = {info.filename: info for info in entries if not _hidden(info.filename) and not info.is_dir()}
     if not members:
         raise ValueError(f"{path} holds no files: a source needs at least one image")
 
@@ -933,6 +947,8 @@ def _open_zip(path: Path, title: str, inside: str = "") -> Source:
             raise ValueError("absurdly large file")
         with archive.open(members[name]) as file:
             data = file.read(members[name].file_size)  # and no more, whatever comes out of it
+        if len(data) < members[name].file_size:  # which zipfile has not checked then
+            raise ValueError("truncated or damaged")
         if data.startswith(b"PK\3\4"):
             raise ValueError("a zip within the zip: unpack it, and give the folder")
         return _read_image(data)
@@ -1263,7 +1279,7 @@ def _store_record(source: str, title: str, limit: int | None, blocks: list[dict]
     enlarged = {name for block in blocks for name in block["enlarged"]}
     left_out = [entry for block in blocks for entry in block["left_out"]]
     if not names:
-        shown = "; ".join(f"{name}: {why}" for name, why in left_out[:3])
+        shown = "; ".join(f"{_one_line(name)}: {why}" for name, why in left_out[:3])
         raise ValueError(f"{source} has no usable image ({len(left_out)} left out: {shown})")
     # An enlarged face holds no real detail at 178 px, so it cannot be a test's ground truth
     split = [3 if part == 2 and name in enlarged else int(part) for name, part in zip(names, split_of(names))]
@@ -1287,6 +1303,12 @@ class FaceStore:
             raise FileNotFoundError(f"{self.folder} holds no prepared faces: run `prepare SOURCE --store {self.folder}` first")
         record = self._record()
         try:
+            lists = [record[name] for name in ("names", "enlarged", "left_out", "split", "blocks")]
+            words = [record["source"], record["title"], *lists[0], *lists[1]]
+            words += [text for name, why in lists[2] for text in (name, why)]
+            numbers = [*lists[3], *(rows for rows, _ in lists[4]), record["limit"] or 0]
+            if [{*map(type, each)} for each in (lists, words, numbers)] != [{list}, {str}, {int}] or min(numbers) < 0:
+                raise ValueError("a value of the wrong type")
             self.source, self.title, self.limit = record["source"], record["title"], record["limit"]
             self.fingerprint, self._sums = record["fingerprint"], record["blocks"]
             self.split = np.array(record["split"], dtype=np.uint8)
@@ -1296,7 +1318,7 @@ class FaceStore:
             whole = (hashlib.sha256(json.dumps(parts).encode()).hexdigest() == self.fingerprint
                      and size == len(self) * _SIDE * _SIDE * 3 > 0 and self._ends[-1] == len(record["names"]) == len(self)
                      and self.split.max() < len(_SPLITS))
-        except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
             raise ValueError(f"{self.folder} is damaged ({_one_line(error)}): delete it and prepare it again") from None
         if not whole:
             raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
@@ -1384,8 +1406,11 @@ def _fill_store(opened: Source, source: str, folder: Path, limit: int | None) ->
             log.flush()
     try:
         _write_atomically(folder / "store.json", _sealed(_store_record(source, opened.title, limit, blocks)))
+    except ValueError:  # no face was usable: a mended source starts anew
+        pixels.unlink()
+        raise
     finally:
-        journal.unlink()  # done, or no face was usable: then a mended source starts anew
+        journal.unlink()
 
 
 def prepare(source: str | Path, folder: str | Path, limit: int | None = None) -> FaceStore:
@@ -1869,6 +1894,23 @@ def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> Path:
     return path
 
 
+# What a checkpoint's pickle may name: by itself torch would also make sparse tensors, and buffers of any size
+_PLAIN = re.compile("torch._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Za-z0-9]+Storage")
+
+
+def _one_directory(path: Path, start: int) -> bool:
+    """Whether the end of a sealed zip names the directory at `start`, which Python reads: torch reads the one that is named."""
+    with open(path, "rb") as file:
+        file.seek(-min(path.stat().st_size, 76 + 22 + len(_SEAL) + 64), os.SEEK_END)
+        place, tail = file.tell(), file.read()
+    record, locator, end = tail[:56], tail[56:76], tail[76:98]
+    if locator[:4] == b"PK\6\7":
+        named = record[48:56] == start.to_bytes(8, "little") and locator[8:16] == place.to_bytes(8, "little")
+    else:
+        named = end[16:20] == start.to_bytes(8, "little")[:4]
+    return named and end[:4] == b"PK\5\6" and end[20:] == (len(_SEAL) + 64).to_bytes(2, "little")
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """The plain data of one checkpoint. ValueError if a byte is damaged, the format newer, or more than plain data in it."""
     path = Path(path)
@@ -1876,15 +1918,19 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or cut off (its checksum does not fit)")
     try:
         with zipfile.ZipFile(path) as archive:  # torch would unpack a zip bomb; its own files are not compressed
-            if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size
-                   for info in archive.infolist()):
+            if (any(info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size
+                    for info in archive.infolist()) or not _one_directory(path, archive.start_dir)):
                 raise ValueError("compressed")
+            pickles = [archive.read(info) for info in archive.infolist() if info.filename.lower().endswith("data.pkl")]
+            used = [named for each in pickles for code, named, _ in pickletools.genops(each) if code.name.endswith("GLOBAL")]
+            if not all(_PLAIN.fullmatch(named) for named in used):  # None, of a name that is made while unpickling, too
+                raise ValueError("more than plain data")
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs what is in it
         update = state["update"]
     except Exception:  # zipfile, torch and pickle raise all kinds
         raise ValueError(f"{path} holds more than plain data, or is no checkpoint: it was not opened") from None
     _check_format(state, _FORMAT, path)
-    if type(update) is not int or update < 0:
+    if type(update) is not int or not 0 <= update <= 2e9:
         raise ValueError(f"{path} is no checkpoint of this project")
     return state
 
@@ -1903,7 +1949,7 @@ def _backup_update(backup: Path) -> float:
     """The update that the newest slot of `backup` holds by its manifest; inf if only the slots can tell, -1 without any."""
     try:
         return float(_read_sealed(backup / "manifest.json", _FORMAT, "")["update"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return math.inf if any((backup / slot).exists() for slot in _SLOTS) else -1
 
 
@@ -2511,7 +2557,8 @@ def _require_same_run(place: Path, record: dict, store: FaceStore, config: Confi
                          "or another folder")
     for name, value in asdict(config).items():
         old = record["config"].get(name)
-        if value != old and name not in _FREE_TO_CHANGE:
+        if name not in _FREE_TO_CHANGE and (type(old) not in (int, float, str, bool, type(None)) or value != old):
+            old, value = (_shown(each).strip("'") for each in (old, value))
             raise ValueError(f"{place} was started with {name}={old}, not {value}: start a new run in another folder")
 
 
@@ -2522,7 +2569,7 @@ def _open_run(folder: Path, record: dict | None, store: FaceStore, preset: str |
     if record:
         given = changes if preset is None else {"preset_name": preset} | changes
         old = record.get("config")
-        config = Config.from_dict((old if isinstance(old, dict) else {}) | given)
+        config = Config.from_dict((old if isinstance(old, dict) else {}) | given).for_faces(len(store.indices("train")))
         _require_same_run(folder, record, store, config)
         if for_minutes:
             notes.append(f"the run keeps its own length, {config.total_steps} updates; --for-minutes sets that of new runs only")
@@ -2563,8 +2610,14 @@ def _snapshot(value):
 def _load_part(part, saved: dict) -> None:
     """`part.load_state_dict`, where an optimiser takes its moments from `saved` and keeps its own settings."""
     if not isinstance(part, torch.optim.Optimizer):
+        mine = part.state_dict() if isinstance(part, nn.Module) and isinstance(saved, dict) else {}
+        if any(saved[name].dtype != value.dtype for name, value in mine.items()):
+            raise ValueError("weights of another type")
         part.load_state_dict(saved)
         return
+    if any(each.keys() != {"step", "exp_avg", "exp_avg_sq"} or {(value.dtype, value.layout) for value in each.values()}
+           != {(torch.float32, torch.strided)} for each in saved["state"].values()):  # torch would walk through anything
+        raise ValueError("moments of another type")
     part.load_state_dict({"state": saved["state"], "param_groups": part.state_dict()["param_groups"]})
     for weight, moments in part.state.items():
         if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {weight.shape} or moments["step"].numel() != 1:
@@ -2588,15 +2641,14 @@ class _Run:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
 
     def resume(self, saved: dict) -> None:
-        """Continue from the checkpoint `saved`. ValueError if it is not one of this run."""
-        _require_same_run(self.folder / "ckpt", saved, self.store, self.state.config)
+        """Continue from the checkpoint `saved`. ValueError if it does not hold the networks of this run."""
         try:
             for name, part in self.state.parts().items():
-                if saved.get(name):  # the scaler's is empty where the run began without fp16
+                if name != "scaler" or saved.get(name):  # the scaler's is empty where the run began without fp16
                     _load_part(part, saved[name])
             self.state.update, self.seconds_before = saved["update"], float(saved["seconds"])
             history = saved["history"].encode()
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError, LookupError):
             raise ValueError(f"the checkpoint of update {saved['update']} in {self.folder / 'ckpt'} does not hold the networks "
                              "of this run: delete it to continue from the one before, or start a new run") from None
         _write_atomically(self.folder / "history.csv", history)  # drops rows that would come twice
@@ -2770,8 +2822,9 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
     else:
         record = theirs or saved
     config, notes = _open_run(folder, record, store, preset, changes, device, for_minutes)
-    if theirs:
-        _require_same_run(backup, theirs, store, config)
+    for place, other in ((backup, theirs), (folder / "ckpt", saved)):
+        if other:
+            _require_same_run(place, other, store, config)
     state = TrainState.create(config, device)  # before anything is written: what fails here can be asked for differently
     size, there = state.checkpoint_bytes(), sum(each.stat().st_size for each in (folder / "ckpt").glob("*"))
     _check_space(folder, 2 * size - there, "two checkpoints")
@@ -3011,7 +3064,7 @@ def _prepare_command(args: argparse.Namespace) -> None:
             folder.rmdir()
     print(f"{store.folder}: {store.describe()}")
     for name, why in store.left_out[:20]:
-        print(f"  left out {name}: {why}")
+        print(f"  {_one_line(f'left out {name}: {why}')}")
     if len(store.left_out) > 20:
         print(f"  ... and {len(store.left_out) - 20} more, all in {store.folder / 'store.json'}")
 
@@ -3153,6 +3206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 130 if interrupted; 2 after one line on standard error that says what to do."""
     commands = {"demo": _demo_command, "prepare": _prepare_command, "train": _train_command, "compare": _compare_command,
                 "upscale": _upscale_command}
+    warnings.filterwarnings("ignore", module="PIL")  # a file at fault is named in a line of its own
     try:
         args = _parser().parse_args(argv)
         commands[args.command](args)

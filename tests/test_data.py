@@ -5,6 +5,7 @@ import http.server
 import io
 import itertools
 import json
+import os
 import shutil
 import socket
 import sys
@@ -758,3 +759,11 @@ def test_colabs_upload_leaves_one_copy_in_the_folder(tmp_path, monkeypatch, fold
     assert srgan.upload_images(folder) is None
     files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {(tmp_path / folder / "a.png").relative_to(tmp_path).as_posix(): b"one"}
+
+
+def test_names_that_are_not_utf8_are_prepared_too(tmp_path):
+    """As old zips leave them on Linux; they must come through the store, its split and every report."""
+    source = folder_of(tmp_path / "in", ["a.png"])
+    os.rename(source / "a.png", os.fsencode(source) + b"/caf\xe9.png")
+    store = srgan.prepare(source, tmp_path / "store")
+    assert store.names == ["caf\ufffd.png"] and np.array_equal(stored(store, 0), np.asarray(picture(0)))
