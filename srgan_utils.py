@@ -25,6 +25,7 @@ A section uses only the sections above it. Everywhere, unless a docstring says o
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import csv
 import difflib
@@ -391,11 +392,15 @@ def _sealed(value: dict) -> bytes:
     return body + f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
+class _Damaged(ValueError):
+    """A file that is not as it was written; one of a newer format is a plain ValueError."""
+
+
 def _check_format(record: dict, newest: int, what: object) -> None:
     """ValueError if `record` is of a format that this version does not read."""
     number = record.get("format")
     if type(number) is not int:
-        raise ValueError(f"{what} is damaged (it does not say its format)")
+        raise _Damaged(f"{what} is damaged (it does not say its format)")
     if number > newest:
         raise ValueError(f"{what} was written by a newer version (format {number}, this one reads {newest}): update the project")
 
@@ -408,52 +413,48 @@ def _read_sealed(path: Path, newest: int, advice: str) -> dict:
         if not isinstance(value, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_one_line(error)}): {advice}") from None
+        raise _Damaged(f"{path} is damaged ({_one_line(error)}): {advice}") from None
     _check_format(value, newest, path)
     seal = value.pop("sha256", None)
     body, _, _ = data.rpartition(b',\n "sha256": "')
     if seal != hashlib.sha256(body).hexdigest() or data != body + f',\n "sha256": "{seal}"\n}}\n'.encode():
-        raise ValueError(f"{path} is damaged (its checksum does not fit): {advice}")
+        raise _Damaged(f"{path} is damaged (its checksum does not fit): {advice}")
     return value
 
 
 def _check_space(folder: Path, needed: int, what: str) -> None:
     """OSError if the disk of `folder` has no room for `needed` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{folder} has {_size(max(0, free))} free and needs {_size(needed)} for {what}: "
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < needed:  # a mount that does not tell says 0 of 0
+        raise OSError(f"{folder} has {_size(usage.free)} free and needs {_size(needed)} for {what}: "
                       "free some space, or name a folder on another disk")
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other writers out of `folder` meanwhile. BlockingIOError says who holds it.
+    """Keep other writers out of `folder` meanwhile, where the system has locks. BlockingIOError says who holds it.
 
-    The system frees the lock of a process however that ends: the file that a killed one leaves stops nobody.
+    The system frees the lock of a process however that ends: the file that a killed one leaves only tells its name.
     """
     if fcntl is None:
         yield
         return
-    path = folder / "lock"
-    with open(path, "a+") as file:
+    path, handle = folder / "lock", os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())))  # its owner just left
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held = True
+            owner = path.read_text() if path.exists() else "another process"
+            raise BlockingIOError(f"{folder} is in use by {owner}: wait until that has ended, or stop it") from None
         except OSError:  # a file system without locks
-            held = False
-        if held:
-            file.seek(0)
-            raise BlockingIOError(f"{folder} is in use by {file.read().strip() or 'another process'}: "
-                                  "wait until that has ended, or stop it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})")
-        file.flush()
+            pass
+        path.write_text(f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 # --- Colab and Drive
@@ -483,6 +484,13 @@ def mount_drive(mount_point: str = "/content/drive") -> Path | None:
         return None
     print(f"Google Drive: {folder}")
     return folder
+
+
+def _check_mounted(folder: Path) -> None:
+    """OSError if `folder` lies below Colab's mount point while Drive is not mounted there."""
+    mount, folder = Path("/content/drive"), Path(os.path.abspath(folder))
+    if mount in [folder, *folder.parents] and not os.path.ismount(mount):
+        raise OSError(f"{folder} is on Google Drive, which is not mounted: mount it first")
 
 
 def workspace() -> Path:
@@ -1029,11 +1037,12 @@ def _download(url: str, target: Path) -> None:
     """
     partial = target.with_name(target.name + ".part")
     for pause in (1, 2, 4, 8, 0):
+        had = partial.stat().st_size if partial.exists() else 0
         try:
             _fetch_rest(url, partial, target.name)
             break
         except OSError:
-            if not pause or not partial.exists() or not partial.stat().st_size:  # it never began: say so at once
+            if not pause or not partial.exists() or partial.stat().st_size <= had:  # it brought nothing: say so at once
                 raise
             time.sleep(pause)
     if page := _web_page(partial):
@@ -1405,12 +1414,13 @@ def _fill_store(opened: Source, source: str, folder: Path, limit: int | None) ->
             log.write(_journal_line(blocks[-1]))
             log.flush()
     try:
-        _write_atomically(folder / "store.json", _sealed(_store_record(source, opened.title, limit, blocks)))
+        record = _store_record(source, opened.title, limit, blocks)
     except ValueError:  # no face was usable: a mended source starts anew
         pixels.unlink()
-        raise
-    finally:
         journal.unlink()
+        raise
+    _write_atomically(folder / "store.json", _sealed(record))
+    journal.unlink()
 
 
 def prepare(source: str | Path, folder: str | Path, limit: int | None = None) -> FaceStore:
@@ -1429,6 +1439,7 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
                              f"(limit {limit}): name another folder with --store, or delete this one")
         store.verify()
         return store
+    _check_mounted(folder)
     opened = open_source(source)
     if opened.title == "synthetic" and limit:
         opened = _open_synthetic(2 * limit + 100)  # enough names for each part of the split; only those kept are drawn
@@ -1871,7 +1882,7 @@ def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> Path:
     path, partial = _checkpoint_path(folder, state["update"]), folder / "checkpoint.part"
     # those of later updates, which only a damaged checkpoint leaves behind, do not count
     older = [each for each in sorted(folder.glob("update-*.pt")) if each.name < path.name]
-    if older and shutil.disk_usage(folder).free < 1.1 * older[-1].stat().st_size:
+    if older and shutil.disk_usage(folder).free < 1.1 * older[-1].stat().st_size and _seal_fits(older[-1]):
         for old in older[:-1]:  # no room for one more: make it before, not after
             old.unlink()
     try:
@@ -1890,7 +1901,8 @@ def save_checkpoint(folder: str | Path, state: dict, keep: int = 2) -> Path:
                       f"({_one_line(error.__context__ or error)}): make room, then run it again to continue") from None
     partial.replace(path)
     for old in older[:1 - keep or None]:
-        old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows, while it is being backed up: then it goes the next time
+            old.unlink()
     return path
 
 
@@ -1962,20 +1974,20 @@ def newest_checkpoint(folder: str | Path, backup: str | Path | None = None) -> d
     state = _newest_of(sorted(Path(folder).glob("update-*.pt"), reverse=True), damaged)
     backup = Path(backup) if backup else None
     if backup and _backup_update(backup) > (state["update"] if state else -1):
-        slots = [found for slot in _SLOTS if (backup / slot).exists() and (found := _newest_of([backup / slot], damaged))]
-        state = max([state, *slots] if state else slots, key=lambda each: each["update"], default=None)
+        for slot in _SLOTS:
+            found = _newest_of([backup / slot], damaged) if (backup / slot).exists() else None
+            if found and (state is None or found["update"] > state["update"]):
+                state = found
     if damaged and state is None:
-        raise ValueError(f"no checkpoint in {folder} verifies: {'; '.join(damaged)}; start a new run in another folder")
+        places = f"{folder} or {backup}" if backup else folder
+        raise ValueError(f"no checkpoint in {places} verifies: {'; '.join(damaged)}; start a new run in another folder"
+                         + (", with another backup" if backup else ""))
     for text in damaged:
         print(f"WARNING: passed over a damaged checkpoint: {text}", file=sys.stderr)
     return state
 
 
-def _check_mounted(folder: Path) -> None:
-    """OSError if `folder` lies below Colab's mount point while Drive is not mounted there."""
-    mount = Path("/content/drive")
-    if mount in [folder, *folder.parents] and not os.path.ismount(mount):
-        raise OSError(f"{folder} is on Google Drive, which is not mounted: mount it first")
+_UPLOADING = threading.Lock()  # also where the loop of a stopped cell is still copying
 
 
 class Backup:
@@ -1994,29 +2006,33 @@ class Backup:
         there = sum(path.stat().st_size for slot in _SLOTS if (path := self.folder / slot).exists())
         _check_space(self.folder, 2 * needed - there, "two checkpoints")
         self.status = "no backup yet"
-        self._session, self._before = os.urandom(8).hex(), self._manifest().get("session")
+        self._began = time.time()
         self._waiting: tuple | None = None
         self._wake, self._closing, self._warned = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
 
     def submit(self, checkpoint: Path, update: int, files: Sequence[Path]) -> None:
         """Have a checkpoint and small `files` copied; one still waiting is replaced."""
         with self._wake:
             self._waiting = (checkpoint, update, list(files))
             self._wake.notify()
+            if not self._thread.ident:
+                with contextlib.suppress(RuntimeError):  # the interpreter is about to exit: the next one copies it
+                    self._thread.start()
 
     def close(self, minutes: float = 15) -> None:
         """Finish the copy under way and the one waiting, but do not wait for longer than `minutes`; call it once, at the end."""
         with self._wake:
             self._closing = True
             self._wake.notify()
+            if not self._thread.ident:
+                return
         self._thread.join(2)
         if self._thread.is_alive():
             print(f"finishing the backup in {self.folder} ...", file=sys.stderr)
             self._thread.join(minutes * 60)
-        if self._thread.is_alive():
-            print(f"WARNING: the backup in {self.folder} hangs; last good backup: {self.status}", file=sys.stderr)
+        if self._warned or self._thread.is_alive():
+            print(f"WARNING: the backup in {self.folder} is not complete; last good backup: {self.status}", file=sys.stderr)
 
     def _manifest(self) -> dict:
         try:
@@ -2038,7 +2054,12 @@ class Backup:
                         return
                     continue
             try:
-                self._copy(*job)
+                if not _UPLOADING.acquire(timeout=60):
+                    raise OSError("an earlier copy has not ended")
+                try:
+                    self._copy(*job)
+                finally:
+                    _UPLOADING.release()
                 delay, retry, self._warned = 1.0, None, False
                 self.status = f"update {job[1]} at {time.strftime('%H:%M:%S')}"
             except Exception as error:  # whatever it is, it must not end the backups
@@ -2059,8 +2080,9 @@ class Backup:
     def _copy(self, checkpoint: Path, update: int, files: Sequence[Path]) -> None:
         _check_mounted(self.folder)
         manifest = self._manifest()
-        if manifest.get("session") not in (None, self._before, self._session):
-            raise OSError("another session has begun to write its backups there")
+        began = manifest.get("began")
+        if isinstance(began, float) and self._began < began < time.time() + 86_400:
+            raise OSError("a session that began later writes its backups there")
         if manifest.get("slot") in _SLOTS:
             last = _SLOTS.index(manifest["slot"])
         else:  # the older slot goes
@@ -2075,7 +2097,7 @@ class Backup:
         if not _seal_fits(slot):
             raise OSError(f"{slot} does not read back as written")
         record = {"format": _FORMAT, "slot": slot.name, "update": update, "bytes": slot.stat().st_size,
-                  "saved": time.strftime("%Y-%m-%d %H:%M:%S"), "session": self._session}
+                  "saved": time.strftime("%Y-%m-%d %H:%M:%S"), "began": self._began}
         (self.folder / "manifest.json").write_bytes(_sealed(record))
 
 
@@ -2113,7 +2135,8 @@ def load_generator(path: str | Path, scale: int | None = None) -> tuple[Generato
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # clones: the file is mapped, and may change or go (on Drive) while the network is in use
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         about = json.loads(metadata["srgan"])
         if metadata["sha256"] != _digest(tensors, metadata["srgan"]):
             raise ValueError("its checksum does not fit")
@@ -2510,7 +2533,7 @@ class Progress:
     images_per_second: float
     seconds_left: float
     sample: Path | None = None     # a strip just drawn
-    saved: bool = False            # a checkpoint was just written
+    saved: bool = False            # a checkpoint is being written
     backup: str = ""               # the state of the backup, if there is one
     done: bool = False             # nothing more will come
     notes: list[str] = field(default_factory=list)
@@ -2594,7 +2617,7 @@ def _interrupts_held() -> Iterator[list]:
     try:
         yield held
     finally:
-        for kind, handler in before.items():
+        for kind, handler in reversed(before.items()):
             signal.signal(kind, handler)
 
 
@@ -2609,6 +2632,9 @@ def _snapshot(value):
 
 def _load_part(part, saved: dict) -> None:
     """`part.load_state_dict`, where an optimiser takes its moments from `saved` and keeps its own settings."""
+    if isinstance(part, torch.amp.GradScaler) and part.is_enabled() and not (saved.keys() == part.state_dict().keys() and all(
+            type(value) in (int, float) and 0 <= value < 1e30 for value in saved.values())):
+        raise ValueError("no state of a loss scaler")
     if not isinstance(part, torch.optim.Optimizer):
         mine = part.state_dict() if isinstance(part, nn.Module) and isinstance(saved, dict) else {}
         if any(saved[name].dtype != value.dtype for name, value in mine.items()):
@@ -2649,8 +2675,8 @@ class _Run:
             self.state.update, self.seconds_before = saved["update"], float(saved["seconds"])
             history = saved["history"].encode()
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError, LookupError):
-            raise ValueError(f"the checkpoint of update {saved['update']} in {self.folder / 'ckpt'} does not hold the networks "
-                             "of this run: delete it to continue from the one before, or start a new run") from None
+            raise ValueError(f"the checkpoint of update {saved['update']}, in {self.folder / 'ckpt'} or the backup, does not "
+                             "hold the networks of this run: delete it to continue from the one before") from None
         _write_atomically(self.folder / "history.csv", history)  # drops rows that would come twice
         self.saved_update = saved["update"]
         path = _checkpoint_path(self.folder / "ckpt", self.saved_update)
@@ -2670,14 +2696,18 @@ class _Run:
     def end(self) -> None:
         """Save what is not saved yet, and let the threads finish."""
         try:
-            if self.between:
-                self.save()
-            self.settle()
+            with _interrupts_held():  # the lock must not go while the thread writes
+                try:
+                    if self.between:
+                        self.save()
+                    self.settle()
+                finally:
+                    self.between = False
+                    self.writer.shutdown()
         finally:
-            self.between = False
-            self.writer.shutdown()
             if self.backup:
                 self.backup.close()
+            self.state = self.probes = None  # a traceback may keep this object, and the networks fill a GPU
 
     @property
     def seconds(self) -> float:
@@ -2726,10 +2756,19 @@ class _Run:
         if not all(p.isfinite().all() for network in networks for p in network.parameters()):
             self._stop(state.update, "a weight", math.nan)  # the losses tell only of the weights before the last step
         self.export("generator", measure)
-        content = _snapshot({name: part.state_dict() for name, part in state.parts().items()}) | {
+        try:
+            content = _snapshot({name: part.state_dict() for name, part in state.parts().items()})
+        except RuntimeError as error:  # torch's own for want of memory
+            raise OSError(f"the memory does not hold a copy of the networks ({_one_line(error)[:80]}), which a checkpoint is "
+                          "written from: close other programs, then run it again to continue") from None
+        content |= {
             "update": state.update, "seconds": self.seconds, "config": asdict(state.config), "store": self.store.fingerprint,
             "history": (self.folder / "history.csv").read_text(encoding="utf-8")}
-        self.writing, self.saved_at = self.writer.submit(self._write, content), time.perf_counter()
+        self.saved_at = time.perf_counter()
+        try:
+            self.writing = self.writer.submit(self._write, content)
+        except RuntimeError:  # the interpreter is about to exit, and starts no threads any more
+            self._write(content)
 
     def export(self, name: str, measure: bool = False) -> None:
         """Write the generator in use as NAME.safetensors; `measure` adds its scores on up to 32 validation faces."""
@@ -2801,8 +2840,6 @@ class _Run:
         if done or held:
             self.settle()
         self.between = True
-        if held:
-            raise KeyboardInterrupt(f"stopped at update {state.update} of {config.total_steps}; saved, run again to continue")
         images_per_second = config.batch_size / self.pace.get(stage, math.inf)
         return Progress(state.update, config.total_steps, stage, self.losses, images_per_second, self._seconds_left(), sample,
                         saved, self.backup.status if self.backup else "", done)
@@ -2814,7 +2851,7 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
     device, path, theirs = pick_device(), folder / "config.json", None
     if backup:
         _check_mounted(backup)
-        with contextlib.suppress(OSError, ValueError):  # none, or half-written: then the slots tell
+        with contextlib.suppress(OSError, _Damaged):  # none, or half-written: then the slots tell
             theirs = _read_sealed(backup / "config.json", _FORMAT, "")
     saved = newest_checkpoint(folder / "ckpt", backup)
     if path.exists():
@@ -2829,10 +2866,12 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
     size, there = state.checkpoint_bytes(), sum(each.stat().st_size for each in (folder / "ckpt").glob("*"))
     _check_space(folder, 2 * size - there, "two checkpoints")
     copies = Backup(backup, size) if backup else None
-    notes.append(f"checkpoints of {_size(size)} each: the newest two in {folder / 'ckpt'}{f' and in {backup}' if backup else ''}")
+    print(f"checkpoints of {_size(size)} each: the newest two in {folder / 'ckpt'}{f' and in {backup}' if backup else ''}")
     for name in ("pretrained.safetensors", "generator.safetensors"):
-        if theirs and not path.exists() and (backup / name).exists():  # a fresh machine
-            _write_atomically(folder / name, (backup / name).read_bytes())
+        if backup and saved and not path.exists() and (backup / name).exists():  # a fresh machine
+            with contextlib.suppress(ValueError):  # one that was cut off while it was copied
+                load_generator(backup / name)
+                _write_atomically(folder / name, (backup / name).read_bytes())
     about = {"format": _FORMAT, "store": store.fingerprint, "config": asdict(config), "environment": environment()}
     _write_atomically(path, _sealed(about))
     run = _Run(folder, store, state, max_minutes, copies)
@@ -2862,18 +2901,24 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
     key, new = folder.resolve(), not folder.exists()
     run, stack = _LOOPS.get(key, (None, None))
     if run and run.between:  # a cell was stopped while it showed something: its loop is over, but still in memory
+        run.between = folder.exists()  # if it was deleted, there is nothing to save into
         stack.close()
+    del run, stack
     with contextlib.ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.callback(lambda: new and not any(folder.iterdir()) and folder.rmdir())
+        stack.callback(lambda: new and folder.exists() and not any(folder.iterdir()) and folder.rmdir())
         stack.enter_context(_locked(folder))
         run, notes = _begin(folder, store, preset, changes or {}, Path(backup) if backup else None, max_minutes, for_minutes)
         stack.callback(run.end)
         _LOOPS[key] = run, stack
         stack.callback(_LOOPS.pop, key)
+        atexit.register(stack.close)  # while there still are threads and modules
+        stack.callback(atexit.unregister, stack.close)
         while True:
             with _interrupts_held() as held:
                 progress = run.advance(held)
+            if held:
+                raise KeyboardInterrupt(f"stopped at update {progress.step} of {progress.total}; saved, run again to continue")
             progress.notes, notes = notes, []
             yield progress
             if progress.done:
@@ -3025,6 +3070,7 @@ def _given(args: argparse.Namespace) -> dict:
 
 def _writable(folder: Path) -> Path:
     """`folder`, made if need be and seen to take a file; OSError otherwise, before hours of work."""
+    _check_mounted(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -3079,7 +3125,6 @@ def _train_command(args: argparse.Namespace) -> None:
         # what is wrong with the options is said before a folder is made
         Config.preset("sharp" if args.preset is None else args.preset, **changes)
     if args.backup:
-        _check_mounted(Path(args.backup))
         _writable(Path(args.backup))
     for event in progress_bar(train(store, _writable(folder), args.preset, changes, backup=args.backup, **limits)):
         pass
@@ -3216,7 +3261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ConnectionError as error:
         print(str(error), file=sys.stderr)  # the one message of three lines: how to get CelebA by hand
-    except (ValueError, OSError, FloatingPointError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"srgan_utils.py: {_one_line(error)}", file=sys.stderr)
     return 2
 

@@ -212,7 +212,7 @@ def zip_tampered_with(how: str) -> bytes:
             "checksum": lambda: in_directory(data, 16, "<I", 1),
             "larger": lambda: in_directory(data, 24, "<I", 90_000_000),
             "smaller": lambda: in_directory(data, 24, "<I", 100),
-            "elsewhere": lambda: in_directory(data, 42, "<I", 7),
+            "elsewhere": lambda: in_directory(data, 42, "<I", len(data) - 60),
             "another name": lambda: data.replace(b"a.png", b"b.png", 1),
             "method": lambda: in_directory(data, 10, "<H", zipfile.ZIP_DEFLATED)}[how]()
 
