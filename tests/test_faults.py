@@ -453,8 +453,10 @@ def main() -> None:
     print(f"torch {torch.__version__}; {args.flips} flips of each file\n\n| fault | what happened |\n|---|---|")
     faults = FAULTS | {"disk full in the middle of a run (a tmpfs of 96 MB)": lambda place, *_: full_tmpfs(place)}
     for name, fault in faults.items():
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            print(f"| {name} | {fault(Path(folder), args.flips, random.Random(name))} |", flush=True)
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+                happened = fault(Path(folder), args.flips, random.Random(name))
+        print(f"| {name} | {happened} |", flush=True)
 
 
 if __name__ == "__main__":

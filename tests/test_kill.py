@@ -6,6 +6,7 @@ Every third kill of a training also loses the machine: only the backup folder is
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -54,8 +55,9 @@ def in_child(work, seconds: float | None = None) -> bool:
 
 
 def train(store: Path, folder: Path, backup: Path) -> None:
-    for _ in srgan.train(srgan.FaceStore(store), folder, "sharp", CHANGES, backup=backup):
-        pass
+    with contextlib.redirect_stdout(None):
+        for _ in srgan.train(srgan.FaceStore(store), folder, "sharp", CHANGES, backup=backup):
+            pass
 
 
 def plain(value):
