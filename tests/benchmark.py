@@ -1,21 +1,32 @@
 """What things cost, measured: `python tests/benchmark.py WHAT`; prints a table, no test.
 
+    train     updates per second: the report's way, written plainly (reference.py), against this project, alternating, and
+              against this project with one measure switched off at a time; `--json FILE` keeps the rows
+    startup   what importing the module costs beside importing torch
     backup    how long training waits for a checkpoint of the `report` networks and its copy to a slow Drive
     memory    private memory while preparing and training, with few faces and many, after few updates and many
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import platform
+import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from reference import ReferenceFaces, ReferenceTraining
+from torch.utils.data import DataLoader
 
 import srgan_utils as srgan
 
@@ -26,6 +37,139 @@ def machine() -> str:
     about = srgan.environment()
     threads = f"{about['threads']} threads, {platform.machine()}"
     return f"torch {about['torch']}, {about['device']} ({threads}), Python {about['python']}"
+
+
+# --- train
+
+
+def plain_way(config: srgan.Config, photos: list, device: torch.device):
+    """One update of the report's way at each call: fp32, channels first, PIL per image in a DataLoader."""
+    vgg = torch.nn.Sequential(*list(srgan.VGGFeatures(config).network.children())[:19]).requires_grad_(True)
+    training = ReferenceTraining(config.scale, config.hr_size, vgg, device)
+    faces = ReferenceFaces(photos, config.hr_size, config.scale)
+    loader = DataLoader(faces, config.batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    return lambda: training.update(*(each.to(device) for each in next(batches)))
+
+
+def our_way(config: srgan.Config, store: srgan.FaceStore, device: torch.device, without: str = ""):
+    """One update of this project at each call, its losses fetched every 50 as `train` does; `without` one measure."""
+    if without == "bf16 or fp16":
+        config = replace(config, precision="fp32")
+    state = srgan.TrainState.create(config, device)
+    if without == "channels last":
+        for network in (state.generator, state.discriminator, state.vgg):
+            network.to(memory_format=torch.contiguous_format)
+    if without == "fused Adam":
+        srgan._one_update(state, store)  # where the adversarial stage begins, its optimiser is made
+        for optimizer in (state.g_optimizer, state.d_optimizer):
+            optimizer.param_groups[0].update(fused=False, foreach=False)
+    if without == "frozen VGG19":
+        state.vgg.requires_grad_(True)
+    pending = []
+
+    def update():
+        if without == "one generator pass":
+            with state.autocast():
+                state.generator(srgan.batch(store, config, state.update, device)[0])
+        pending.append(srgan._one_update(state, store))
+        if len(pending) == 50:
+            [torch.stack(list(losses.values())).tolist() for losses in pending]
+            pending.clear()
+    return update
+
+
+def seconds_of(update, seconds: float, device: torch.device) -> float:
+    """Seconds of one update, over at least `seconds` and two updates."""
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds or count < 2:
+        update()
+        count += 1
+        if device.type == "cuda" and count % 50 == 0:
+            torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / count
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    return 2 * 4096 ** 3 / min(seconds_of(lambda: a @ a, 1, device) for _ in range(3))
+
+
+def peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measured(ways: dict, rounds: int, seconds: float, device: torch.device) -> dict:
+    """Median and extremes of the seconds of one update of each way, taking turns."""
+    for update in ways.values():
+        update()
+    taken = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, update in ways.items():
+            taken[name].append(seconds_of(update, seconds, device))
+    return {name: (statistics.median(each), min(each), max(each)) for name, each in taken.items()}
+
+
+def train_row(args, batch: int, place: Path) -> dict:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = srgan.pick_device()
+    changes = {"scale": args.scale, "hr_size": args.hr_size, "batch_size": batch, "vgg": "random"}
+    config = srgan.Config.preset("report", **changes).for_faces(1000)
+    config = replace(config, precision=srgan.resolve_precision("auto", device))
+    store = srgan.FaceStore(place / "store")
+    photos = sorted((place / "photos").iterdir())
+    ways = {"reference": plain_way(config, photos, device), "ours": our_way(config, store, device)}
+    for name in args.without:
+        ways[f"without {name}"] = our_way(config, store, device, name)
+    found = measured(ways, args.rounds, args.seconds, device)
+    with FlopCounterMode(display=False) as counter:
+        ways["ours"]()
+    top = ceiling(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32))
+    flop, plain, ours = counter.get_total_flops(), found["reference"][0], found["ours"][0]
+    print(f"\nreport {config.scale}x, {config.hr_size} px, batch {batch}, {config.precision}, vgg=random; peak memory of all "
+          f"ways together {peak_memory(device) / 1e9:.1f} GB\none update: {flop / 1e12:.2f} TFLOP; a matrix product reaches "
+          f"{top / 1e12:.2f} TFLOP/s, ours {flop / ours / top:.0%} of that")
+    for name, (middle, low, high) in found.items():
+        print(f"  {name:<28} {1 / middle:8.3f} updates/s ({1 / high:.3f} to {1 / low:.3f}), {batch / middle:8.2f} images/s, "
+              f"{plain / middle:5.2f} times the reference")
+    return {"preset": "report", "scale": config.scale, "hr_size": config.hr_size, "batch": batch, "device": str(device),
+            "precision": config.precision, "vgg": "random", "reference": {"updates_per_s": 1 / plain},
+            "ours": {"updates_per_s": 1 / ours}, "ratio": plain / ours, "flop": flop, "ceiling_flop_per_s": top,
+            "all": {name: 1 / middle for name, (middle, _, _) in found.items()}}
+
+
+def train(args) -> None:
+    print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "photos").mkdir()
+        for number in range(64):
+            srgan.save_image(srgan.synthetic_face(number), place / "photos" / f"{number:03}.jpg")
+        srgan.prepare(place / "photos", place / "store")
+        rows = [train_row(args, batch, place) for batch in args.batch]
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+
+
+# --- startup
+
+
+def startup(args) -> None:
+    print(machine())
+    taken = {"import torch": [], "import srgan_utils": []}
+    for _ in range(7):
+        for code, each in taken.items():
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], cwd=Path(srgan.__file__).parent, check=True)
+            each.append(time.perf_counter() - begun)
+    for code, each in taken.items():
+        print(f"{code}: median {statistics.median(each):.2f} s, {min(each):.2f} to {max(each):.2f} s")
 
 
 # --- backup
@@ -158,6 +302,18 @@ def memory(args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
+    kind = kinds.add_parser("train")
+    kind.add_argument("--scale", type=int, default=4)
+    kind.add_argument("--hr-size", type=int, default=256)
+    kind.add_argument("--batch", type=int, nargs="+", default=[4])
+    kind.add_argument("--rounds", type=int, default=3)
+    kind.add_argument("--seconds", type=float, default=10, help="of each way in each round, and at least two updates")
+    kind.add_argument("--without", nargs="*", metavar="MEASURE", default=["bf16 or fp16", "channels last", "fused Adam",
+                                                                          "frozen VGG19", "one generator pass"])
+    kind.add_argument("--json")
+    kind.set_defaults(work=train)
+    kind = kinds.add_parser("startup")
+    kind.set_defaults(work=startup)
     kind = kinds.add_parser("backup")
     kind.add_argument("--seconds", type=float, default=120, help="what the copy of 1.7 GB takes")
     kind.add_argument("--updates", type=int, default=60)
