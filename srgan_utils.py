@@ -1957,12 +1957,20 @@ def _newest_of(paths: Sequence[Path], damaged: list[str]) -> dict | None:
     return None
 
 
+def _manifest(backup: Path) -> dict:
+    """What `backup` says of its newest slot; nothing where it has no manifest yet, or a half-written one."""
+    try:
+        return _read_sealed(backup / "manifest.json", _FORMAT, "")
+    except (OSError, ValueError):
+        return {}
+
+
 def _backup_update(backup: Path) -> float:
     """The update that the newest slot of `backup` holds by its manifest; inf if only the slots can tell, -1 without any."""
-    try:
-        return float(_read_sealed(backup / "manifest.json", _FORMAT, "")["update"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return math.inf if any((backup / slot).exists() for slot in _SLOTS) else -1
+    update = _manifest(backup).get("update")
+    if type(update) is int:
+        return update
+    return math.inf if any((backup / slot).exists() for slot in _SLOTS) else -1
 
 
 def newest_checkpoint(folder: str | Path, backup: str | Path | None = None) -> dict | None:
@@ -2020,8 +2028,8 @@ class Backup:
                 with contextlib.suppress(RuntimeError):  # the interpreter is about to exit: the next one copies it
                     self._thread.start()
 
-    def close(self, minutes: float = 15) -> None:
-        """Finish the copy under way and the one waiting, but do not wait for longer than `minutes`; call it once, at the end."""
+    def close(self) -> None:
+        """Finish the copy under way and the one waiting, but give up after 15 minutes; call it once, at the end."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -2030,15 +2038,9 @@ class Backup:
         self._thread.join(2)
         if self._thread.is_alive():
             print(f"finishing the backup in {self.folder} ...", file=sys.stderr)
-            self._thread.join(minutes * 60)
+            self._thread.join(15 * 60)
         if self._warned or self._thread.is_alive():
             print(f"WARNING: the backup in {self.folder} is not complete; last good backup: {self.status}", file=sys.stderr)
-
-    def _manifest(self) -> dict:
-        try:
-            return _read_sealed(self.folder / "manifest.json", _FORMAT, "")
-        except (OSError, ValueError):  # none yet, or half-written
-            return {}
 
     def _work(self) -> None:
         delay, retry = 1.0, None
@@ -2079,7 +2081,7 @@ class Backup:
 
     def _copy(self, checkpoint: Path, update: int, files: Sequence[Path]) -> None:
         _check_mounted(self.folder)
-        manifest = self._manifest()
+        manifest = _manifest(self.folder)
         began = manifest.get("began")
         if isinstance(began, float) and self._began < began < time.time() + 86_400:
             raise OSError("a session that began later writes its backups there")
@@ -2407,11 +2409,14 @@ class TrainState:
         names = ("generator", "discriminator", "ema", "g_optimizer", "d_optimizer", "scaler")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: all weights and statistics, and Adam's two moments of every trained weight."""
-        networks = [part for part in self.parts().values() if isinstance(part, nn.Module)]
-        moments = 2 * sum(p.nbytes for network in networks for p in network.parameters() if p.requires_grad)
-        return moments + sum(value.nbytes for network in networks for value in network.state_dict().values())
+
+def _checkpoint_bytes(config: Config) -> int:
+    """About how large a checkpoint is: all weights and statistics, and Adam's two moments of every trained weight."""
+    with torch.device("meta"):  # shapes alone: no memory
+        generator, discriminator = Generator(config), Discriminator(config)
+    kept = [generator, discriminator] + ([generator] if config.ema else [])
+    moments = 2 * sum(p.nbytes for network in (generator, discriminator) for p in network.parameters())
+    return moments + sum(value.nbytes for network in kept for value in network.state_dict().values())
 
 
 def _learning_rate(config: Config, update: int) -> float:
@@ -2601,10 +2606,7 @@ def _open_run(folder: Path, record: dict | None, store: FaceStore, preset: str |
     precision = resolve_precision(config.precision, device)
     if config.precision not in ("auto", precision):
         notes.append(f"precision changes from {config.precision} to {precision}, which is what this device has")
-    config = replace(config, precision=precision)
-    if for_minutes and not record:
-        config = _fit_to_minutes(config, store, device, for_minutes)
-    return config, notes
+    return replace(config, precision=precision), notes
 
 
 @contextlib.contextmanager
@@ -2655,7 +2657,7 @@ class _Run:
 
     def __init__(self, folder: Path, store: FaceStore, state: TrainState, max_minutes: float | None, backup: Backup | None):
         self.folder, self.store, self.state, self.backup = folder, store, state, backup
-        self.began = self.saved_at = self.reported = time.perf_counter()
+        self.began = self.saved_at = time.perf_counter()
         self.deadline = self.began + max_minutes * 60 if max_minutes else math.inf
         self.seconds_before, self.pending, self.pace = 0.0, [], {}
         self.saved_update, self.losses = -1, {}
@@ -2862,11 +2864,13 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
     for place, other in ((backup, theirs), (folder / "ckpt", saved)):
         if other:
             _require_same_run(place, other, store, config)
-    state = TrainState.create(config, device)  # before anything is written: what fails here can be asked for differently
-    size, there = state.checkpoint_bytes(), sum(each.stat().st_size for each in (folder / "ckpt").glob("*"))
+    size, there = _checkpoint_bytes(config), sum(each.stat().st_size for each in (folder / "ckpt").glob("*"))
     _check_space(folder, 2 * size - there, "two checkpoints")
     copies = Backup(backup, size) if backup else None
     print(f"checkpoints of {_size(size)} each: the newest two in {folder / 'ckpt'}{f' and in {backup}' if backup else ''}")
+    if for_minutes and not record:
+        config = _fit_to_minutes(config, store, device, for_minutes)
+    state = TrainState.create(config, device)  # before config.json, so that what fails here can be asked for differently
     for name in ("pretrained.safetensors", "generator.safetensors"):
         if backup and saved and not path.exists() and (backup / name).exists():  # a fresh machine
             with contextlib.suppress(ValueError):  # one that was cut off while it was copied
@@ -2898,6 +2902,7 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
     BlockingIOError if another process trains this run; OSError if two checkpoints do not fit on the disk.
     """
     folder = Path(folder)
+    _check_mounted(folder)
     key, new = folder.resolve(), not folder.exists()
     run, stack = _LOOPS.get(key, (None, None))
     if run and run.between:  # a cell was stopped while it showed something: its loop is over, but still in memory

@@ -307,9 +307,11 @@ def disk_too_small(place, flips, chance):
     for tight, named in ((place / "run", "run"), (place / "backup", "backup")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000 if Path(path) == tight else 10**12))
-            with refused(OSError), contextlib.closing(
-                    srgan.train(store, place / "run", "sharp", CHANGES, backup=place / "backup")) as events:
-                next(events)
+            for options in ({}, {"for_minutes": 1}):  # which times some updates first
+                patch.setattr(srgan, "_one_update", None)
+                with refused(OSError), contextlib.closing(
+                        srgan.train(store, place / "run", "sharp", CHANGES, backup=place / "backup", **options)) as events:
+                    next(events)
         assert not (place / "run").exists(), named
     return "refused before the first update"
 

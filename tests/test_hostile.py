@@ -190,6 +190,7 @@ BAD_ENTRIES = {
     "nested.png": (packed, "zip within"),
     "postscript.eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n", "not an image"),
     "scans.jpg": (scans, "more scans"),
+    "exif.jpg": (lambda: face(kind="JPEG")[:2] + b"\xff\xe1\x00\x08Exif\0\0" * 501 + face(kind="JPEG")[2:], "segments"),
     "text.png": (lambda: b"a text", "not an image"),
 }
 

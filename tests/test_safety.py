@@ -220,27 +220,26 @@ def test_what_cannot_be_written_stops_the_run(store, tmp_path, monkeypatch):
 
 
 def test_the_size_of_a_checkpoint_is_told_and_right(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(srgan._Run, "advance", None)  # told before the first update
+    monkeypatch.setattr(srgan, "_one_update", None)  # told before the first update, also before those that are timed
     with pytest.raises(TypeError):
-        run(store, tmp_path / "r", "sharp", TINY)
+        run(store, tmp_path / "r", "sharp", TINY, for_minutes=1)
     monkeypatch.undo()
     told = capsys.readouterr().out
     run(store, tmp_path / "r", "sharp", TINY)
     sizes = [path.stat().st_size for path in (tmp_path / "r" / "ckpt").iterdir()]
-    expected = srgan.TrainState.create(srgan.Config.preset("sharp", **TINY), torch.device("cpu")).checkpoint_bytes()
+    expected = srgan._checkpoint_bytes(srgan.Config.preset("sharp", **TINY))
     assert sizes[0] == pytest.approx(expected, rel=0.05)
     assert told.startswith(f"checkpoints of {expected / 1e6:.1f} MB each")
 
 
 def test_the_size_of_the_reports_checkpoint():
     """Adam keeps two moments of every weight: three times all weights, of 138.9 million in the discriminator alone."""
+    config = srgan.Config.preset("report")
     with torch.device("meta"):
-        config = srgan.Config.preset("report", precision="fp32", vgg="random")
         networks = srgan.Generator(config), srgan.Discriminator(config)
-    state = srgan.TrainState(config, torch.device("meta"), *networks, None, None, None, None, None)
     weights = sum(p.numel() for network in networks for p in network.parameters())
-    assert weights > 138_908_865 and state.checkpoint_bytes() == pytest.approx(12 * weights, rel=1e-3)
-    assert 1.6e9 < state.checkpoint_bytes() < 1.8e9
+    size = srgan._checkpoint_bytes(config)
+    assert weights > 138_908_865 and size == pytest.approx(12 * weights, rel=1e-3) and 1.6e9 < size < 1.8e9
 
 
 def test_a_disk_with_room_for_two_makes_room_first(tmp_path, monkeypatch):
@@ -301,6 +300,8 @@ def test_no_command_makes_a_folder_where_drive_is_not_mounted(store, tiny_run, p
                     ["train", *faces, "--run", "r", "--backup", place], ["compare", *faces, *weights, "--out", place]):
         assert srgan.main(command) == 2
         assert "is not mounted" in capsys.readouterr().err
+    with pytest.raises(OSError, match="is not mounted"):
+        run(store, place, "sharp", TINY)
     assert not Path("/content/drive").exists()
 
 

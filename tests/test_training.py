@@ -533,7 +533,7 @@ def test_precision_is_resolved_once(store, tmp_path, monkeypatch):
     run(store, tmp_path / "r", "sharp", TINY | {"precision": "auto", "pretrain_steps": 1, "steps": 1})
     assert recorded(tmp_path / "r")["precision"] == "bf16"
     events = run(store, tmp_path / "r", changes={"steps": 2})
-    assert recorded(tmp_path / "r")["precision"] == "bf16" and not any("precision changes" in note for note in events[0].notes)
+    assert recorded(tmp_path / "r")["precision"] == "bf16" and not any("precision" in note for note in events[0].notes)
     monkeypatch.setattr(srgan, "resolve_precision", lambda precision, device: "fp32")
     events = run(store, tmp_path / "r", changes={"steps": 3})
     assert any("precision changes from bf16 to fp32" in note for note in events[0].notes)
