@@ -57,7 +57,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 try:
     import fcntl
@@ -214,6 +214,7 @@ class Config:
 
     # How it runs
     precision: str = "auto"           # auto, fp32, bf16 or fp16; resolved once, when the run is created
+    compile: bool | None = None       # torch.compile; None: on a GPU, if the run is long enough to pay for it
     seed: int = 0
     save_steps: int = 1_000
     save_minutes: float = 10.0
@@ -363,6 +364,71 @@ def hardware_note() -> str:
         return f"GPU: {torch.cuda.get_device_name()}"
     where = "Runtime > Change runtime type > T4 GPU gives you one" if in_colab() else "none was found"
     return f"No GPU ({where}): small settings, on {torch.get_num_threads()} CPU threads."
+
+
+# --- Processes: one for each GPU, started by torchrun; the first decides, saves and reports, the others follow
+
+
+def _rank() -> int:
+    """Number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _ranks() -> int:
+    """How many processes share each update."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
+    """What processes started by torchrun speak through: NCCL between GPUs, gloo for all else; nothing without torchrun.
+
+    ConnectionError in one line if one of them dies: torch's own RuntimeError names sockets.
+    """
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        text = re.sub(r"^\[\S*\] ", "", _one_line(error))  # gloo begins with the place in its source
+        raise ConnectionError(f"srgan_utils.py: process {_rank()} of {_ranks()} lost another ({text[:200]}): start "
+                              "them all again, and the run continues at its newest checkpoint") from None
+    finally:
+        with contextlib.suppress(RuntimeError):
+            distributed.destroy_process_group()
+
+
+def _tell(order=None):
+    """What the first process gives as `order`, in every process."""
+    orders = [order]
+    if _ranks() > 1:
+        distributed.broadcast_object_list(orders, device=torch.device("cpu"))
+    return orders[0]
+
+
+class _MeanOfRanks(torch.autograd.Function):
+    """The mean over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(_, values: Tensor) -> Tensor:
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total / _ranks()
+
+    @staticmethod
+    def backward(_, gradient: Tensor) -> Tensor:
+        return _MeanOfRanks.forward(_, gradient)
+
+
+def _mean_of_ranks(values: Tensor) -> Tensor:
+    """The mean of what the processes have as `values`; gradients flow through it."""
+    return values if _ranks() == 1 else _MeanOfRanks.apply(values)
 
 
 # --- Files: never half-written, noticed when damaged, one writer at a time
@@ -1332,6 +1398,8 @@ class FaceStore:
         if not whole:
             raise ValueError(f"{self.folder} is damaged (its parts do not fit together): delete it and prepare it again")
         self._unchecked = set(range(len(self._sums)))
+        self._members: dict[str, np.ndarray] = {}
+        self._kept: tuple[Tensor, np.ndarray] | None = None
         self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r", shape=(len(self), _SIDE, _SIDE, 3))
 
     def __len__(self) -> int:
@@ -1374,19 +1442,44 @@ class FaceStore:
 
     def indices(self, split: str) -> np.ndarray:
         """Positions of the faces of `train`, `validation`, `test` or `all` of these. ValueError if there are none."""
-        chosen = self.split < 3 if split == "all" else self.split == _SPLITS.index(split)
-        if not chosen.any():
+        if split not in self._members:  # asked for at every update
+            self._members[split] = np.flatnonzero(self.split < 3 if split == "all" else self.split == _SPLITS.index(split))
+        if not len(self._members[split]):
             raise ValueError(f"{self.folder} has no {split} faces ({self.describe()}): prepare more faces"
                              + (", or use --split all" if split == "test" else ""))
-        return np.flatnonzero(chosen)
+        return self._members[split]
 
-    def faces(self, indices: Sequence[int]) -> Tensor:
-        """The faces at `indices` as uint8 (N, 3, 178, 178), channels last in memory."""
+    def faces(self, indices: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """The faces at `indices` as uint8 (N, 3, 178, 178), channels last in memory; on `device`, else on the CPU."""
         indices = np.asarray(indices)
+        if device is not None and self._kept and self._kept[0].device.type == device.type:
+            pixels, rows = self._kept
+            if (rows[indices] >= 0).all():
+                return pixels[torch.from_numpy(rows[indices]).to(device, non_blocking=True)].permute(0, 3, 1, 2)
         if self._unchecked:
             for block in set(np.searchsorted(self._ends, indices, side="right").tolist()) & self._unchecked:
                 self._check(block)
-        return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(self._pixels[indices])
+        if device is not None and device.type == "cuda":
+            pixels = pixels.pin_memory().to(device, non_blocking=True)  # the host does not wait for the copy
+        return pixels.permute(0, 3, 1, 2)
+
+    def keep_on(self, device: torch.device | None) -> None:
+        """Put the training faces into the memory of `device`, for `faces`; None lets them go."""
+        from tqdm import tqdm
+
+        self._kept = None
+        if device is None:
+            return
+        members = self.indices("train")
+        pixels = torch.empty((len(members), _SIDE, _SIDE, 3), dtype=torch.uint8, device=device)
+        starts = range(0, len(members), _BLOCK)
+        for start in tqdm(starts, desc=f"faces to {device}", unit="block", mininterval=1, disable=len(starts) < 20):
+            rows = self.faces(members[start:start + _BLOCK]).permute(0, 2, 3, 1)
+            pixels[start:start + len(rows)].copy_(rows)
+        places = np.full(len(self), -1)
+        places[members] = np.arange(len(members))
+        self._kept = pixels, places
 
     def describe(self) -> str:
         """`515 train, 25 validation, 64 test faces; 1 left out` and the like."""
@@ -1502,17 +1595,21 @@ def batch_indices(config: Config, update: int, count: int) -> np.ndarray:
 
 
 def batch(store: FaceStore, config: Config, update: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(lr, hr) training patches of update number `update`: (B, 3, p/scale, p/scale) and (B, 3, p, p), p = config.patch."""
+    """(lr, hr) training patches of update number `update`: (B, 3, p/scale, p/scale) and (B, 3, p, p), p = config.patch.
+
+    B is `config.batch_size`, or this process's share of it where several train together.
+    """
+    scale, patch, small = config.scale, config.patch, config.patch // config.scale
+    share = config.batch_size // _ranks()
+    mine = slice(_rank() * share, (_rank() + 1) * share)
+    random = seeded(config.seed, 1, update)  # drawn for all faces of the update, whoever's they are
+    mirrored = (torch.rand(config.batch_size, generator=random) < 0.5)[mine]
+    corners = torch.randint((config.hr_size - patch) // scale + 1, (config.batch_size, 2), generator=random)[mine].tolist()
     members = store.indices("train")
-    faces = store.faces(members[batch_indices(config, update, len(members))]).to(device)
-    random = seeded(config.seed, 1, update)
-    mirrored = torch.rand(len(faces), generator=random) < 0.5
+    faces = store.faces(members[batch_indices(config, update, len(members))[mine]], device)
     if config.flip:
-        faces = torch.where(mirrored.to(device).view(-1, 1, 1, 1), faces.flip(-1), faces)
+        faces = torch.where(mirrored.to(device, non_blocking=True).view(-1, 1, 1, 1), faces.flip(-1), faces)
     lr, hr = make_pair(faces, config)
-    small = config.patch // config.scale
-    corners = torch.randint(lr.shape[-1] - small + 1, (len(lr), 2), generator=random).tolist()
-    scale, patch = config.scale, config.patch
     lr = torch.stack([image[:, y:y + small, x:x + small] for image, (y, x) in zip(lr, corners)])
     hr = torch.stack([image[:, y * scale:y * scale + patch, x * scale:x * scale + patch]
                       for image, (y, x) in zip(hr, corners)])
@@ -1751,14 +1848,16 @@ def adversarial_loss(fake: Tensor, real: Tensor | None, kind: str) -> Tensor:
     kind: least_squares, 1/2 (D(sr) - 1)^2; bce; or relativistic (more real than the real ones, which needs `real`).
     """
     if kind == "relativistic":
-        return 0.5 * (_target(fake - real.mean(), 1, "bce") + _target(real - fake.mean(), 0, "bce"))
+        fakes, reals = _mean_of_ranks(fake.mean()), _mean_of_ranks(real.mean())
+        return 0.5 * (_target(fake - reals, 1, "bce") + _target(real - fakes, 0, "bce"))
     return _target(fake, 1, kind)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
     """What the discriminator wants of its scores (N, 1): real ones called 1, generated ones 0 (Eq. 2)."""
     if kind == "relativistic":
-        return 0.5 * (_target(real - fake.mean(), 1, "bce") + _target(fake - real.mean(), 0, "bce"))
+        fakes, reals = _mean_of_ranks(fake.mean()), _mean_of_ranks(real.mean())
+        return 0.5 * (_target(real - fakes, 1, "bce") + _target(fake - reals, 0, "bce"))
     return _target(real, 1, kind) + _target(fake, 0, kind)
 
 
@@ -2366,6 +2465,35 @@ def _adam(network: nn.Module, config: Config) -> torch.optim.Adam:
     return torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
+def _load_part(part, saved: dict) -> None:
+    """`part.load_state_dict`, where an optimiser takes its moments from `saved` and keeps its own settings."""
+    if isinstance(part, torch.amp.GradScaler) and part.is_enabled() and not (saved.keys() == part.state_dict().keys() and all(
+            type(value) in (int, float) and 0 <= value < 1e30 for value in saved.values())):
+        raise ValueError("no state of a loss scaler")
+    if not isinstance(part, torch.optim.Optimizer):
+        mine = part.state_dict() if isinstance(part, nn.Module) and isinstance(saved, dict) else {}
+        if any(saved[name].dtype != value.dtype for name, value in mine.items()):
+            raise ValueError("weights of another type")
+        part.load_state_dict(saved)
+        return
+    if any(each.keys() != {"step", "exp_avg", "exp_avg_sq"} or {(value.dtype, value.layout) for value in each.values()}
+           != {(torch.float32, torch.strided)} for each in saved["state"].values()):  # torch would walk through anything
+        raise ValueError("moments of another type")
+    part.load_state_dict({"state": saved["state"], "param_groups": part.state_dict()["param_groups"]})
+    for weight, moments in part.state.items():
+        if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {weight.shape} or moments["step"].numel() != 1:
+            raise ValueError("moments of other weights")
+
+
+def _as_stepped(network: nn.Module, config: Config) -> nn.Module:
+    """`network` as the updates call it: its gradients are means over all processes, its kernels fused where that pays."""
+    if _ranks() > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another word for it, older ones only this
+            network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    return torch.compile(network) if config.compile else network
+
+
 @dataclass
 class TrainState:
     """The networks and optimisers of a run, and how many updates they have seen."""
@@ -2374,6 +2502,8 @@ class TrainState:
     device: torch.device
     generator: Generator
     discriminator: Discriminator
+    enlarge: nn.Module                # generator and discriminator as the updates call them
+    judge: nn.Module
     ema: Generator | None
     vgg: VGGFeatures | None
     g_optimizer: torch.optim.Optimizer
@@ -2387,11 +2517,14 @@ class TrainState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             networks = [Generator(config), Discriminator(config), Generator(config)]
+        if _ranks() > 1 and device.type == "cuda":  # else each process has the statistics of its own share (no gloo for it)
+            networks = [nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks]
         generator, discriminator, ema = (net.to(device, memory_format=torch.channels_last) for net in networks)
         ema.load_state_dict(generator.state_dict())
         needs_vgg = config.content == "vgg" and config.steps != 0
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        return cls(config, device, generator, discriminator, ema.requires_grad_(False).eval() if config.ema else None,
+        return cls(config, device, generator, discriminator, _as_stepped(generator, config), _as_stepped(discriminator, config),
+                   ema.requires_grad_(False).eval() if config.ema else None,
                    VGGFeatures(config).to(device, memory_format=torch.channels_last) if needs_vgg else None,
                    _adam(generator, config), _adam(discriminator, config), scaler)
 
@@ -2408,6 +2541,13 @@ class TrainState:
         """Whatever has a state_dict, by name."""
         names = ("generator", "discriminator", "ema", "g_optimizer", "d_optimizer", "scaler")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def load(self, saved: dict) -> None:
+        """Continue from what a checkpoint says. Errors of many kinds if it is of other networks."""
+        for name, part in self.parts().items():
+            if name != "scaler" or saved.get(name):  # the scaler's is empty where the run began without fp16
+                _load_part(part, saved[name])
+        self.update = saved["update"]
 
 
 def _checkpoint_bytes(config: Config) -> int:
@@ -2443,7 +2583,7 @@ def _step_optimizer(state: TrainState, optimizer: torch.optim.Optimizer, loss: T
 def pretrain_step(state: TrainState, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
     """One update of the generator alone, by the pixel loss: SRResNet (§3.2)."""
     with state.autocast():
-        sr = state.generator(lr)
+        sr = state.enlarge(lr)
     loss = pixel_loss(sr, hr, state.config.distance)
     _step_optimizer(state, state.g_optimizer, loss)
     return {"g_loss": loss.detach(), "pixel": loss.detach()}
@@ -2452,8 +2592,8 @@ def pretrain_step(state: TrainState, lr: Tensor, hr: Tensor) -> dict[str, Tensor
 def discriminator_step(state: TrainState, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
     """One update of the discriminator: call real faces real and generated ones generated (Eq. 2)."""
     with state.autocast():
-        real = state.discriminator(hr)
-        fake = state.discriminator(sr.detach())  # detach: this update must not move the generator
+        real = state.judge(hr)
+        fake = state.judge(sr.detach())  # detach: this update must not move the generator
     loss = discriminator_loss(real, fake, state.config.adversarial)
     _step_optimizer(state, state.d_optimizer, loss)
     return {"d_loss": loss.detach(), "d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
@@ -2518,13 +2658,66 @@ def _one_update(state: TrainState, store: FaceStore) -> dict[str, Tensor]:
         if state.update == config.pretrain_steps:
             state.g_optimizer = _adam(state.generator, config)  # moments of another loss would mislead
         with state.autocast():
-            sr = state.generator(lr)
+            sr = state.enlarge(lr)
         losses = discriminator_step(state, sr, hr) | generator_step(state, sr, hr)
     state.scaler.update()
     if state.ema is not None:
         update_ema(state.ema, state.generator, min(config.ema, (1 + state.update) / (10 + state.update)))
     state.update += 1
     return losses
+
+
+def _updates(state: TrainState, store: FaceStore, count: int) -> list[dict[str, float]]:
+    """The next `count` updates, of one stage, in all processes; their losses are fetched together, since each fetch makes the
+    host wait for the device."""
+    losses = [_one_update(state, store) for _ in range(count)]
+    table = _mean_of_ranks(torch.stack([torch.stack(list(each.values())) for each in losses]))
+    return [dict(zip(losses[0], values)) for values in table.tolist()]
+
+
+def _created(config: Config, store: FaceStore) -> TrainState:
+    device = pick_device()
+    state = TrainState.create(config, device)
+    size = len(store.indices("train")) * _SIDE * _SIDE * 3
+    if device.type == "cuda" and size < torch.cuda.mem_get_info()[0] / 4:
+        store.keep_on(device)
+    return state
+
+
+def _create(config: Config, store: FaceStore) -> TrainState:
+    """The state that `config` begins with, in this process and in those that follow it."""
+    _tell((config, store.fingerprint))
+    return _created(config, store)
+
+
+def _ordered(state: TrainState, store: FaceStore, count: int) -> list[dict[str, float]]:
+    """`_updates` in this process and in those that follow it."""
+    _tell(count)
+    return _updates(state, store, count)
+
+
+def _follow(store: FaceStore) -> None:
+    """What every process but the first does: the same updates of its own share of faces, until it is told to end."""
+    for kind in (signal.SIGINT, signal.SIGTERM):  # the first process saves, then ends the others
+        signal.signal(kind, signal.SIG_IGN)
+    state = None
+    while (order := _tell()) is not None:
+        if isinstance(order, int):
+            _updates(state, store, order)
+        elif isinstance(order, dict):
+            state.load(order)
+        else:
+            config, fingerprint = order
+            if fingerprint != store.fingerprint:
+                raise ValueError(f"{store.folder} holds other faces here than on the first machine: prepare the same on each")
+            state = None  # before there is another, so that they do not need memory both
+            state = _created(config, store)
+
+
+def _dismiss(error: type | None, *_) -> None:
+    """End the processes that follow this one; where one has died (RuntimeError), torchrun ends the others."""
+    if error is None or not issubclass(error, RuntimeError):
+        _tell(None)
 
 
 @dataclass
@@ -2544,7 +2737,8 @@ class Progress:
     notes: list[str] = field(default_factory=list)
 
 
-_FREE_TO_CHANGE = {"steps", "save_steps", "save_minutes", "sample_steps", "precision"}
+_FREE_TO_CHANGE = {"steps", "save_steps", "save_minutes", "sample_steps", "precision", "compile"}
+_COMPILE_FROM = 20_000  # updates of a run on a GPU: the minute or two that torch.compile may take are then little beside it
 _HISTORY = ("step", "stage", "seconds", "learning_rate", "g_loss", "pixel", "content", "adversarial", "d_loss", "d_real",
             "d_fake")
 
@@ -2560,16 +2754,18 @@ def run_name(config: Config, store: FaceStore) -> str:
 def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minutes: float) -> Config:
     """`config` with its stages shortened or lengthened, in proportion, to fill `minutes`, by timing some updates."""
     warm, timed = 2, 4
-    trial = replace(config, **{name: warm + timed for name in ("pretrain_steps", "steps") if getattr(config, name)})
+    stages = {name: warm + timed for name in ("pretrain_steps", "steps") if getattr(config, name)}
+    trial = replace(config, compile=False, **stages)
     for number in range(trial.total_steps):
         batch(store, trial, number, device)  # a block's first use checks it, which is not what is timed here
-    state, seconds = TrainState.create(trial, device), {}
+    state, seconds = _create(trial, store), []
     for count in (trial.pretrain_steps, trial.steps):
-        for number in range(count):
-            if number == warm:
-                begun = time.perf_counter()
-            list(value.item() for value in _one_update(state, store).values())  # .item() waits for the device
-        seconds[len(seconds)] = (time.perf_counter() - begun) / timed if count else 0.0
+        begun = time.perf_counter()
+        if count:
+            _ordered(state, store, warm)
+            begun = time.perf_counter()
+            _ordered(state, store, timed)
+        seconds.append((time.perf_counter() - begun) / timed if count else 0.0)
     one_round = config.pretrain_steps * seconds[0] + config.steps * seconds[1]
     factor = minutes * 60 * 0.96 / max(one_round, 1e-9)  # the rest goes into samples and checkpoints
     fitted = [max(1, int(count * factor)) if count else 0 for count in (config.pretrain_steps, config.steps)]
@@ -2603,6 +2799,8 @@ def _open_run(folder: Path, record: dict | None, store: FaceStore, preset: str |
             notes.append(f"the run keeps its own length, {config.total_steps} updates; --for-minutes sets that of new runs only")
     else:
         config = Config.preset("sharp" if preset is None else preset, **changes).for_faces(len(store.indices("train")))
+    if config.batch_size % _ranks():
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {_ranks()} processes: start so many that divide it")
     precision = resolve_precision(config.precision, device)
     if config.precision not in ("auto", precision):
         notes.append(f"precision changes from {config.precision} to {precision}, which is what this device has")
@@ -2632,26 +2830,6 @@ def _snapshot(value):
     return [_snapshot(each) for each in value] if isinstance(value, list) else value
 
 
-def _load_part(part, saved: dict) -> None:
-    """`part.load_state_dict`, where an optimiser takes its moments from `saved` and keeps its own settings."""
-    if isinstance(part, torch.amp.GradScaler) and part.is_enabled() and not (saved.keys() == part.state_dict().keys() and all(
-            type(value) in (int, float) and 0 <= value < 1e30 for value in saved.values())):
-        raise ValueError("no state of a loss scaler")
-    if not isinstance(part, torch.optim.Optimizer):
-        mine = part.state_dict() if isinstance(part, nn.Module) and isinstance(saved, dict) else {}
-        if any(saved[name].dtype != value.dtype for name, value in mine.items()):
-            raise ValueError("weights of another type")
-        part.load_state_dict(saved)
-        return
-    if any(each.keys() != {"step", "exp_avg", "exp_avg_sq"} or {(value.dtype, value.layout) for value in each.values()}
-           != {(torch.float32, torch.strided)} for each in saved["state"].values()):  # torch would walk through anything
-        raise ValueError("moments of another type")
-    part.load_state_dict({"state": saved["state"], "param_groups": part.state_dict()["param_groups"]})
-    for weight, moments in part.state.items():
-        if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {weight.shape} or moments["step"].numel() != 1:
-            raise ValueError("moments of other weights")
-
-
 class _Run:
     """The files and the clock of one training run; `advance` does updates until there is something to report."""
 
@@ -2659,7 +2837,7 @@ class _Run:
         self.folder, self.store, self.state, self.backup = folder, store, state, backup
         self.began = self.saved_at = time.perf_counter()
         self.deadline = self.began + max_minutes * 60 if max_minutes else math.inf
-        self.seconds_before, self.pending, self.pace = 0.0, [], {}
+        self.seconds_before, self.pace = 0.0, {}
         self.saved_update, self.losses = -1, {}
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writes checkpoints while training goes on
         self.between = True                                      # two updates, that is: what is in memory is whole
@@ -2671,10 +2849,8 @@ class _Run:
     def resume(self, saved: dict) -> None:
         """Continue from the checkpoint `saved`. ValueError if it does not hold the networks of this run."""
         try:
-            for name, part in self.state.parts().items():
-                if name != "scaler" or saved.get(name):  # the scaler's is empty where the run began without fp16
-                    _load_part(part, saved[name])
-            self.state.update, self.seconds_before = saved["update"], float(saved["seconds"])
+            self.state.load(saved)
+            self.seconds_before = float(saved["seconds"])
             history = saved["history"].encode()
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError, LookupError):
             raise ValueError(f"the checkpoint of update {saved['update']}, in {self.folder / 'ckpt'} or the backup, does not "
@@ -2710,27 +2886,28 @@ class _Run:
             if self.backup:
                 self.backup.close()
             self.state = self.probes = None  # a traceback may keep this object, and the networks fill a GPU
+            self.store.keep_on(None)
 
     @property
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
 
-    def flush(self) -> None:
-        """Fetch the losses of the updates since last time, check them, append them to history.csv."""
+    def record(self, first: int, stage: str, losses: list[dict[str, float]]) -> None:
+        """Check the losses of the updates after the `first`, append them to history.csv."""
         path = self.folder / "history.csv"
         new = not path.exists()
         with open(path, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, _HISTORY, restval="", lineterminator="\n")
             if new:
                 writer.writeheader()
-            for row, losses in self.pending:
-                self.losses = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
+            for update, self.losses in enumerate(losses, first):
                 for name, value in self.losses.items():
                     if not math.isfinite(value):
-                        self._stop(row["step"], name, value)
-                numbers = {name: f"{value:.6g}" for name, value in self.losses.items()}
+                        self._stop(update + 1, name, value)
+                rate = _learning_rate(self.state.config, update)
+                row = {"step": update + 1, "stage": stage, "learning_rate": rate} | self.losses
+                numbers = {name: f"{value:.6g}" for name, value in row.items() if isinstance(value, float)}
                 writer.writerow(row | numbers | {"seconds": f"{self.seconds:.1f}"})
-        self.pending = []
 
     def _stop(self, step: int, name: str, value: float) -> None:
         self.settle()
@@ -2749,7 +2926,6 @@ class _Run:
 
         The checkpoint comes last, so that none tells of files that are not there; `measure` as for `export`.
         """
-        self.flush()
         self.settle()
         state = self.state
         if self.saved_update == state.update:
@@ -2790,9 +2966,8 @@ class _Run:
         return path
 
     def _pace(self, stage: str, seconds: float, updates: int) -> None:
-        if updates:
-            old = self.pace.get(stage)
-            self.pace[stage] = seconds / updates if old is None else 0.7 * old + 0.3 * seconds / updates
+        old = self.pace.get(stage)
+        self.pace[stage] = seconds / updates if old is None else 0.7 * old + 0.3 * seconds / updates
 
     def _seconds_left(self) -> float:
         config, done = self.state.config, self.state.update
@@ -2812,6 +2987,13 @@ class _Run:
         state, config = self.state, self.state.config
         return state.update in (config.pretrain_steps, config.total_steps) or state.update % config.sample_steps == 0
 
+    def _planned(self, stage: str) -> int:
+        """How many updates to do at once: about a second's, but up to the next stage, checkpoint or strip, and at most 50."""
+        config, done = self.state.config, self.state.update
+        ends = [(done // steps + 1) * steps for steps in (config.save_steps, config.sample_steps)]
+        ends.append(config.pretrain_steps if stage == "pretrain" else config.total_steps)
+        return max(1, min(50, int(1 / self.pace[stage]) if stage in self.pace else 1, min(ends) - done))
+
     def advance(self, held: list) -> Progress:
         """Train for about a second, or until a strip is drawn, a checkpoint saved, or there is nothing more to do."""
         state, config, begun, first = self.state, self.state.config, time.perf_counter(), self.state.update
@@ -2819,20 +3001,11 @@ class _Run:
         if self.writing and self.writing.done():
             self.settle()  # if it failed, it is said now
         stage = "pretrain" if first < config.pretrain_steps else "adversarial"
-        state.generator.train()
-        state.discriminator.train()
-        done = first >= config.total_steps
-        while not done:
-            rate = _learning_rate(config, state.update)
-            row = {"step": state.update + 1, "stage": stage, "learning_rate": f"{rate:.6g}"}
-            self.pending.append((row, _one_update(state, self.store)))
-            done = state.update >= config.total_steps or time.perf_counter() > self.deadline
-            # losses are fetched seldom: each fetch makes the host wait for the device
-            if held or self._save_due() or self._sample_due() or time.perf_counter() - begun > 1 or len(self.pending) == 50:
-                break
-        worked = state.update > first
-        self.flush()
-        self._pace(stage, time.perf_counter() - begun, state.update - first)
+        worked = first < config.total_steps
+        if worked:
+            self.record(first, stage, _ordered(state, self.store, self._planned(stage)))
+            self._pace(stage, time.perf_counter() - begun, state.update - first)
+        done = state.update >= config.total_steps or time.perf_counter() > self.deadline
         sample = self.draw() if worked and (done or self._sample_due()) else None
         if worked and state.update == config.pretrain_steps:
             self.export("pretrained", measure=True)
@@ -2870,17 +3043,21 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
     print(f"checkpoints of {_size(size)} each: the newest two in {folder / 'ckpt'}{f' and in {backup}' if backup else ''}")
     if for_minutes and not record:
         config = _fit_to_minutes(config, store, device, for_minutes)
-    state = TrainState.create(config, device)  # before config.json, so that what fails here can be asked for differently
+    if config.compile is None:
+        config = replace(config, compile=device.type == "cuda" and config.total_steps >= _COMPILE_FROM)
+    state = _create(config, store)  # before config.json, so that what fails here can be asked for differently
     for name in ("pretrained.safetensors", "generator.safetensors"):
         if backup and saved and not path.exists() and (backup / name).exists():  # a fresh machine
             with contextlib.suppress(ValueError):  # one that was cut off while it was copied
                 load_generator(backup / name)
                 _write_atomically(folder / name, (backup / name).read_bytes())
-    about = {"format": _FORMAT, "store": store.fingerprint, "config": asdict(config), "environment": environment()}
+    about = {"format": _FORMAT, "store": store.fingerprint, "config": asdict(config), "environment": environment(),
+             "processes": _ranks()}
     _write_atomically(path, _sealed(about))
     run = _Run(folder, store, state, max_minutes, copies)
     if saved:
         run.resume(saved)
+        _tell(saved)
         notes.append(f"continues at update {saved['update']} of {config.total_steps}")
     else:
         (folder / "history.csv").unlink(missing_ok=True)  # rows of updates that no checkpoint holds
@@ -2902,6 +3079,9 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
     BlockingIOError if another process trains this run; OSError if two checkpoints do not fit on the disk.
     """
     folder = Path(folder)
+    if _rank():
+        _follow(store)
+        return
     _check_mounted(folder)
     key, new = folder.resolve(), not folder.exists()
     run, stack = _LOOPS.get(key, (None, None))
@@ -2913,6 +3093,7 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
         folder.mkdir(parents=True, exist_ok=True)
         stack.callback(lambda: new and folder.exists() and not any(folder.iterdir()) and folder.rmdir())
         stack.enter_context(_locked(folder))
+        stack.push(_dismiss)
         run, notes = _begin(folder, store, preset, changes or {}, Path(backup) if backup else None, max_minutes, for_minutes)
         stack.callback(run.end)
         _LOOPS[key] = run, stack
@@ -3129,10 +3310,15 @@ def _train_command(args: argparse.Namespace) -> None:
     if not (folder / "config.json").exists():
         # what is wrong with the options is said before a folder is made
         Config.preset("sharp" if args.preset is None else args.preset, **changes)
-    if args.backup:
-        _writable(Path(args.backup))
-    for event in progress_bar(train(store, _writable(folder), args.preset, changes, backup=args.backup, **limits)):
-        pass
+    with _process_group():
+        events = train(store, folder, args.preset, changes, backup=args.backup, **limits)
+        if _rank():
+            next(events, None)  # which comes at the end: the first process reports
+            return
+        for place in filter(None, (args.backup, folder)):
+            _writable(Path(place))
+        for event in progress_bar(events):
+            pass
     stopped = f"stopped at update {event.step} of {event.total}, run it again to continue"
     print(f"{folder}: {stopped if event.step < event.total else 'finished'}; generator.safetensors is the network to use")
 
