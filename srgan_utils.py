@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import copy
 import csv
 import difflib
 import hashlib
@@ -334,6 +335,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "fp32" if precision == "fp32" or not native else "bf16"
 
 
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    """torch.autocast for a resolved `precision`; none for fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def seeded(*numbers: int) -> torch.Generator:
     """A CPU random generator that is a function of `numbers` (a seed, an update, ...) and nothing else."""
     low, high = np.random.SeedSequence(numbers).generate_state(2)
@@ -364,71 +371,6 @@ def hardware_note() -> str:
         return f"GPU: {torch.cuda.get_device_name()}"
     where = "Runtime > Change runtime type > T4 GPU gives you one" if in_colab() else "none was found"
     return f"No GPU ({where}): small settings, on {torch.get_num_threads()} CPU threads."
-
-
-# --- Processes: one for each GPU, started by torchrun; the first decides, saves and reports, the others follow
-
-
-def _rank() -> int:
-    """Number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def _ranks() -> int:
-    """How many processes share each update."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-@contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    """What processes started by torchrun speak through: NCCL between GPUs, gloo for all else; nothing without torchrun.
-
-    ConnectionError in one line if one of them dies: torch's own RuntimeError names sockets.
-    """
-    if not distributed.is_torchelastic_launched():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        text = re.sub(r"^\[\S*\] ", "", _one_line(error))  # gloo begins with the place in its source
-        raise ConnectionError(f"srgan_utils.py: process {_rank()} of {_ranks()} lost another ({text[:200]}): start "
-                              "them all again, and the run continues at its newest checkpoint") from None
-    finally:
-        with contextlib.suppress(RuntimeError):
-            distributed.destroy_process_group()
-
-
-def _tell(order=None):
-    """What the first process gives as `order`, in every process."""
-    orders = [order]
-    if _ranks() > 1:
-        distributed.broadcast_object_list(orders, device=torch.device("cpu"))
-    return orders[0]
-
-
-class _MeanOfRanks(torch.autograd.Function):
-    """The mean over all processes; so is its gradient."""
-
-    @staticmethod
-    def forward(_, values: Tensor) -> Tensor:
-        total = values.clone()
-        distributed.all_reduce(total)
-        return total / _ranks()
-
-    @staticmethod
-    def backward(_, gradient: Tensor) -> Tensor:
-        return _MeanOfRanks.forward(_, gradient)
-
-
-def _mean_of_ranks(values: Tensor) -> Tensor:
-    """The mean of what the processes have as `values`; gradients flow through it."""
-    return values if _ranks() == 1 else _MeanOfRanks.apply(values)
 
 
 # --- Files: never half-written, noticed when damaged, one writer at a time
@@ -566,6 +508,71 @@ def workspace() -> Path:
     return folder
 
 
+# --- Processes: one for each GPU, started by torchrun; the first decides, saves and reports, the others follow
+
+
+def _rank() -> int:
+    """Number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _ranks() -> int:
+    """How many processes share each update."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
+    """What processes started by torchrun speak through: NCCL between GPUs, gloo for all else; nothing without torchrun.
+
+    ConnectionError in one line if one of them dies: torch's own RuntimeError names sockets.
+    """
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        text = re.sub(r"^\[\S*\] ", "", _one_line(error))  # gloo begins with the place in its source
+        raise ConnectionError(f"srgan_utils.py: process {_rank()} of {_ranks()} lost another ({text[:200]}): start "
+                              "them all again, and the run continues at its newest checkpoint") from None
+    finally:
+        with contextlib.suppress(RuntimeError):
+            distributed.destroy_process_group()
+
+
+def _tell(order=None):
+    """What the first process gives as `order`, in every process."""
+    orders = [order]
+    if _ranks() > 1:
+        distributed.broadcast_object_list(orders, device=torch.device("cpu"))
+    return orders[0]
+
+
+class _MeanOfRanks(torch.autograd.Function):
+    """The mean over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(_, values: Tensor) -> Tensor:
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total / _ranks()
+
+    @staticmethod
+    def backward(_, gradient: Tensor) -> Tensor:
+        return _MeanOfRanks.forward(_, gradient)
+
+
+def _mean_of_ranks(values: Tensor) -> Tensor:
+    """The mean of what the processes have as `values`; gradients flow through it."""
+    return values if _ranks() == 1 else _MeanOfRanks.apply(values)
+
+
 # -----------------------------------------------------------------------------
 # 3. Pixels: load, save, resize, round
 # -----------------------------------------------------------------------------
@@ -590,7 +597,7 @@ def _to_rgb(image):
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
             return image
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 def _read_image(file: str | Path | bytes):
@@ -612,7 +619,8 @@ def _read_image(file: str | Path | bytes):
             if width * height > _MAX_PIXELS:
                 raise ValueError(f"absurdly large ({width} x {height} px)")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError("not an image that Pillow can read" if isinstance(error, UnidentifiedImageError)
                          else "absurdly large") from None
@@ -1331,7 +1339,9 @@ def _prepare_block(source: Source, names: list[str], pool, bar, file) -> dict:
     """Decode `names`, append the good faces to `file`; what the journal keeps of it."""
     block = {"names": [], "sha256": "", "left_out": [], "enlarged": []}
     digest = hashlib.sha256()
-    for name, (pixels, why, enlarged) in zip(names, pool.map(lambda name: _square(source, name), names)):
+    groups = [names[start:start + 8] for start in range(0, len(names), 8)]  # one by one, threads would wait for each other
+    squares = pool.map(lambda group: [_square(source, name) for name in group], groups)
+    for name, (pixels, why, enlarged) in zip(names, itertools.chain.from_iterable(squares)):
         bar.update()
         if pixels is None:
             block["left_out"].append([name, why])
@@ -1689,7 +1699,7 @@ class Generator(nn.Module):
         x = self.tail(x)                                      # (N, 3, scale h, scale w)
         if self.output == "report":
             return from_imagenet(2.38 * torch.tanh(x.float()) + 0.26)  # spans ImageNet-normalised white and black
-        x = (torch.tanh(x) + 1) / 2 if self.output == "tanh" else x
+        x = (torch.tanh(x.float()) + 1) / 2 if self.output == "tanh" else x
         if self.skip:
             x = x + bicubic(lr, (lr.shape[-2] * self.scale, lr.shape[-1] * self.scale))
         return x.float()
@@ -2191,9 +2201,9 @@ class Backup:
             last = 1 if ages[1] >= ages[0] else 0
         slot = self.folder / _SLOTS[1 - last]
         for path in files:  # first, so that no slot is without its run's config; and only what is new
-            copy = self.folder / path.name
-            if path.exists() and not (copy.exists() and copy.read_bytes() == path.read_bytes()):
-                shutil.copyfile(path, copy)
+            there = self.folder / path.name
+            if path.exists() and not (there.exists() and there.read_bytes() == path.read_bytes()):
+                shutil.copyfile(path, there)
         shutil.copyfile(checkpoint, slot)
         if not _seal_fits(slot):
             raise OSError(f"{slot} does not read back as written")
@@ -2282,27 +2292,56 @@ def find_generator(scale: int, *folders: str | Path) -> Path | None:
 # -----------------------------------------------------------------------------
 
 
+_TILE, _TILES_TOGETHER = 1024, 4  # px of SR along a tile's side; how many tiles a GPU enlarges at once
+
+
+def _for_inference(generator: Generator) -> Generator:
+    """A copy in eval mode, channels last, where each BatchNorm has become part of the convolution before it."""
+    network = copy.deepcopy(generator).eval()
+    for sequence in network.modules():
+        if isinstance(sequence, nn.Sequential):
+            for number in range(1, len(sequence)):
+                if isinstance(sequence[number], nn.BatchNorm2d):
+                    sequence[number - 1] = nn.utils.fuse_conv_bn_eval(sequence[number - 1], sequence[number])
+                    sequence[number] = nn.Identity()
+    return network.to(memory_format=torch.channels_last)
+
+
+def _tiles(image: Tensor, generator: Generator, config: Config, tile: int | None, progress: bool) -> Iterator[tuple]:
+    """What `upscale` puts together: (y, x, pixels), place and uint8 (h, w, 3) of each tile of SR, tiles of one shape together."""
+    from tqdm import tqdm
+
+    scale, margin, device = config.scale, receptive_radius(config), next(generator.parameters()).device
+    network, precision = _for_inference(generator), resolve_precision(config.precision, device)
+    tile = tile or max(16, _TILE // scale)
+    height, width = image.shape[-2:]
+    groups: dict[tuple, list] = {}
+    for y, x in itertools.product(range(0, height, tile), range(0, width, tile)):
+        seen = (slice(max(0, y - margin), min(height, y + tile + margin)), slice(max(0, x - margin), min(width, x + tile + margin)))
+        groups.setdefault(tuple(each.stop - each.start for each in seen), []).append((y, x, *seen))
+    together = _TILES_TOGETHER if device.type == "cuda" else 1  # a CPU is busy with one
+    batches = [group[i:i + together] for group in groups.values() for i in range(0, len(group), together)]
+    for members in tqdm(batches, desc="enlarging", unit="tile", mininterval=1, disable=not progress or len(batches) < 4):
+        parts = torch.cat([image[..., rows, columns] for _, _, rows, columns in members]).to(device)
+        with _autocast(precision, device):
+            pixels = _to_pixels(network(parts.contiguous(memory_format=torch.channels_last)))
+        for (y, x, rows, columns), each in zip(members, pixels):
+            top, left = (y - rows.start) * scale, (x - columns.start) * scale
+            yield y * scale, x * scale, each[top:top + tile * scale, left:left + tile * scale]
+
+
 @torch.no_grad()
 def upscale(image: Tensor, generator: Generator, config: Config, tile: int | None = None, progress: bool = False) -> Tensor:
     """`image` (1, 3, h, w) enlarged: (1, 3, scale h, scale w) in [0, 1] at 8-bit levels, on the CPU.
 
     Works in tiles of `tile` LR px (default: 1024 px of output) that overlap by the network's receptive field:
-    memory stays bounded and no seam shows, since every pixel sees all that it would in one piece.
+    memory stays bounded and no seam shows, since every pixel sees all that it would in one piece. In the precision that
+    the network was trained in, where the device has it.
     """
-    from tqdm import tqdm
-
-    scale, margin = config.scale, receptive_radius(config)
-    device = next(generator.parameters()).device
-    tile = tile or max(16, 1024 // scale)
-    height, width = image.shape[-2:]
-    out = torch.empty(1, 3, height * scale, width * scale)
-    corners = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
-    for y, x in tqdm(corners, desc="enlarging", unit="tile", mininterval=1, disable=not progress or len(corners) < 4):
-        top, left = max(0, y - margin), max(0, x - margin)
-        bottom, right = min(height, y + tile), min(width, x + tile)
-        part = image[..., top:bottom + margin, left:right + margin].to(device)
-        sr = quantise(generator(part))[..., (y - top) * scale:(bottom - top) * scale, (x - left) * scale:(right - left) * scale]
-        out[..., y * scale:bottom * scale, x * scale:right * scale] = sr.cpu()
+    out = torch.empty(1, 3, image.shape[-2] * config.scale, image.shape[-1] * config.scale)
+    for y, x, pixels in _tiles(image, generator, config, tile, progress):
+        height, width = pixels.shape[:2]
+        out[..., y:y + height, x:x + width] = _to_tensor(pixels)
     return out
 
 
@@ -2533,9 +2572,8 @@ class TrainState:
         """The generator to use: its moving average where the run keeps one."""
         return self.ema or self.generator
 
-    def autocast(self):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+    def autocast(self) -> torch.autocast:
+        return _autocast(self.config.precision, self.device)
 
     def parts(self) -> dict:
         """Whatever has a state_dict, by name."""
@@ -3365,8 +3403,11 @@ def _upscale_file(path: Path, target: Path, generator: Generator, config: Config
         image = _read_image(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    sr = upscale(_to_tensor(np.asarray(image.convert("RGB"))), generator, config, progress=True)
-    result = Image.fromarray(_to_pixels(sr)[0])
+    result = Image.new("RGB", (image.width * config.scale, image.height * config.scale))
+    lr = _to_tensor(np.asarray(image.convert("RGB")))
+    with torch.no_grad():
+        for y, x, pixels in _tiles(lr, generator, config, None, progress=True):  # no array as large as the result
+            result.paste(Image.fromarray(pixels), (x, y))
     if image.mode == "RGBA":
         result.putalpha(image.getchannel("A").resize(result.size, Image.BICUBIC))
     result.save(target)
