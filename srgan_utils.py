@@ -1339,17 +1339,18 @@ def _prepare_block(source: Source, names: list[str], pool, bar, file) -> dict:
     """Decode `names`, append the good faces to `file`; what the journal keeps of it."""
     block = {"names": [], "sha256": "", "left_out": [], "enlarged": []}
     digest = hashlib.sha256()
-    groups = [names[start:start + 8] for start in range(0, len(names), 8)]  # one by one, threads would wait for each other
-    squares = pool.map(lambda group: [_square(source, name) for name in group], groups)
-    for name, (pixels, why, enlarged) in zip(names, itertools.chain.from_iterable(squares)):
-        bar.update()
-        if pixels is None:
-            block["left_out"].append([name, why])
-            continue
-        block["names"].append(name)
-        if enlarged:
-            block["enlarged"].append(name)
-        data = pixels.tobytes()
+    # in groups: one by one, the threads would wait for each other
+    groups = [names[start:start + 16] for start in range(0, len(names), 16)]
+    for group, squares in zip(groups, pool.map(lambda group: [_square(source, name) for name in group], groups)):
+        bar.update(len(group))
+        for name, (pixels, why, enlarged) in zip(group, squares):
+            if pixels is None:
+                block["left_out"].append([name, why])
+                continue
+            block["names"].append(name)
+            if enlarged:
+                block["enlarged"].append(name)
+        data = b"".join(pixels.tobytes() for pixels, _, _ in squares if pixels is not None)
         digest.update(data)
         file.write(data)
     block["sha256"] = digest.hexdigest()
@@ -2317,8 +2318,9 @@ def _tiles(image: Tensor, generator: Generator, config: Config, tile: int | None
     height, width = image.shape[-2:]
     groups: dict[tuple, list] = {}
     for y, x in itertools.product(range(0, height, tile), range(0, width, tile)):
-        seen = (slice(max(0, y - margin), min(height, y + tile + margin)), slice(max(0, x - margin), min(width, x + tile + margin)))
-        groups.setdefault(tuple(each.stop - each.start for each in seen), []).append((y, x, *seen))
+        rows = slice(max(0, y - margin), min(height, y + tile + margin))
+        columns = slice(max(0, x - margin), min(width, x + tile + margin))
+        groups.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append((y, x, rows, columns))
     together = _TILES_TOGETHER if device.type == "cuda" else 1  # a CPU is busy with one
     batches = [group[i:i + together] for group in groups.values() for i in range(0, len(group), together)]
     for members in tqdm(batches, desc="enlarging", unit="tile", mininterval=1, disable=not progress or len(batches) < 4):
