@@ -1574,7 +1574,7 @@ def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
             raise  # a slip in the user's own path is not mended by other faces
         print(f"\n{'!' * 100}\n{error}\nTaking SYNTHETIC (drawn) faces instead of {source}: fine for trying things out, "
               f"useless for judging results.\n{'!' * 100}\n")
-        limit = min(limit or 400, 400)
+        limit = min(limit or 240, 240)  # drawn in ten seconds
         store = prepare("synthetic", place("synthetic", limit), limit)
     print(f"{store.title}: {store.describe()}")
     return store
@@ -2293,7 +2293,8 @@ def find_generator(scale: int, *folders: str | Path) -> Path | None:
 # -----------------------------------------------------------------------------
 
 
-_TILE, _TILES_TOGETHER = 1024, 4  # px of SR along a tile's side; how many tiles a GPU enlarges at once
+_TILE = 1024                              # px of SR along a tile's side
+_TILES_TOGETHER = {"cuda": 4, "cpu": 1}   # how many of them are enlarged at once: one keeps a CPU busy
 
 
 def _for_inference(generator: Generator) -> Generator:
@@ -2321,7 +2322,7 @@ def _tiles(image: Tensor, generator: Generator, config: Config, tile: int | None
         rows = slice(max(0, y - margin), min(height, y + tile + margin))
         columns = slice(max(0, x - margin), min(width, x + tile + margin))
         groups.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append((y, x, rows, columns))
-    together = _TILES_TOGETHER if device.type == "cuda" else 1  # a CPU is busy with one
+    together = _TILES_TOGETHER[device.type]
     batches = [group[i:i + together] for group in groups.values() for i in range(0, len(group), together)]
     for members in tqdm(batches, desc="enlarging", unit="tile", mininterval=1, disable=not progress or len(batches) < 4):
         parts = torch.cat([image[..., rows, columns] for _, _, rows, columns in members]).to(device)
@@ -2532,7 +2533,16 @@ def _as_stepped(network: nn.Module, config: Config) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another word for it, older ones only this
             network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-    return torch.compile(network) if config.compile else network
+    if config.compile:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled here runs as it is
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # _imagenet
+        return torch.compile(network)
+    return network
+
+
+def _compile_pays(config: Config, device: torch.device) -> bool:
+    """Whether torch.compile's minute or two are little beside the run."""
+    return device.type == "cuda" and config.total_steps >= 20_000
 
 
 @dataclass
@@ -2778,7 +2788,6 @@ class Progress:
 
 
 _FREE_TO_CHANGE = {"steps", "save_steps", "save_minutes", "sample_steps", "precision", "compile"}
-_COMPILE_FROM = 20_000  # updates of a run on a GPU: the minute or two that torch.compile may take are then little beside it
 _HISTORY = ("step", "stage", "seconds", "learning_rate", "g_loss", "pixel", "content", "adversarial", "d_loss", "d_real",
             "d_fake")
 
@@ -3084,7 +3093,7 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
     if for_minutes and not record:
         config = _fit_to_minutes(config, store, device, for_minutes)
     if config.compile is None:
-        config = replace(config, compile=device.type == "cuda" and config.total_steps >= _COMPILE_FROM)
+        config = replace(config, compile=_compile_pays(config, device))
     state = _create(config, store)  # before config.json, so that what fails here can be asked for differently
     for name in ("pretrained.safetensors", "generator.safetensors"):
         if backup and saved and not path.exists() and (backup / name).exists():  # a fresh machine

@@ -16,13 +16,13 @@ import hashlib
 import itertools
 import json
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,6 +47,11 @@ def machine() -> str:
 def keep(args, rows: list[dict]) -> None:
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+
+
+def of_process(what: str) -> int:
+    """Bytes of this process by Linux's account. (getrusage's peak is that of the parent, too.)"""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0])
 
 
 def wait_for(device: torch.device) -> None:
@@ -150,19 +155,15 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 def peak_memory(way, *given) -> int:
     """Bytes that two updates of `way(*given)` need at most, in a process of its own: of the GPU, else of all memory."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (way, *given))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_peak_memory, way, *given).result()
 
 
 def _peak_memory(way, *given) -> int:
     work = way(*given)
     work()
     work()
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_of_process()
-
-
-def peak_of_process(who: int = resource.RUSAGE_SELF) -> int:
-    return 1024 * resource.getrusage(who).ru_maxrss
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else of_process("VmHWM")
 
 
 def where_time_goes(work, device: torch.device) -> list[tuple[str, float]]:
@@ -324,18 +325,23 @@ def enlarging(args, preset: str, device: torch.device) -> dict:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
-    lr = srgan.quantise(srgan.bicubic(srgan.synthetic_face(0), (768, 1024)).clamp(0, 1))
+    lr = srgan.quantise(srgan.bicubic(srgan.synthetic_face(0), (384, 512)).clamp(0, 1))
     ways = {"reference": lambda: plainly(lr.to(device), generator, config), "ours": lambda: srgan.upscale(lr, generator, config),
             "ours in fp32": lambda: srgan.upscale(lr, generator, replace(config, precision="fp32"))}
     difference = {name: (ways[name]() - ways["reference"]()).abs().max().item() * 255 for name in ("ours", "ours in fp32")}
     found = measured(ways, args.rounds, args.seconds, device)
-    print(f"{preset} {config.scale}x, 1024 x 768 px, {config.precision}")
+    print(f"{preset} {config.scale}x, 512 x 384 px, {config.precision}")
     for name, (middle, low, high) in found.items():
         also = f"; at most {difference[name]:.0f} of 255 from the reference" if name in difference else ""
-        print(f"  {name:<20} {middle:6.2f} s ({low:.2f} to {high:.2f}), {0.786 / middle:.3f} LR megapixels/s{also}", flush=True)
+        print(f"  {name:<20} {middle:6.2f} s ({low:.2f} to {high:.2f}), {0.197 / middle:.3f} LR megapixels/s{also}", flush=True)
     return {"preset": preset, "scale": config.scale, "device": str(device), "precision": config.precision,
             "reference": {"seconds": found["reference"][0]}, "ours": {"seconds": found["ours"][0]},
             "ours_fp32": {"seconds": found["ours in fp32"][0]}, "ratio": found["reference"][0] / found["ours"][0]}
+
+
+def _peak_of_command(command: list[str]) -> int:
+    assert srgan.main(command) == 0
+    return of_process("VmHWM")
 
 
 def large_photo(args, place: Path) -> dict:
@@ -345,8 +351,9 @@ def large_photo(args, place: Path) -> dict:
     srgan.save_image(srgan.bicubic(srgan.synthetic_face(0), (3000, 4000)), place / "photo.jpg")
     begun = time.perf_counter()
     command = ["upscale", str(place / "photo.jpg"), "--weights", str(place / "g.safetensors"), "--out", str(place)]
-    subprocess.run([sys.executable, srgan.__file__, *command], check=True)
-    seconds, peak = time.perf_counter() - begun, peak_of_process(resource.RUSAGE_CHILDREN)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        peak = pool.submit(_peak_of_command, command).result()
+    seconds = time.perf_counter() - begun
     print(f"sharp {args.scale}x, 12 megapixels to {12 * args.scale ** 2}, photo to PNG: {seconds:.0f} s, "
           f"peak memory {peak / 1e9:.1f} GB")
     return {"preset": "sharp", "scale": args.scale, "megapixels": 12, "seconds": seconds, "peak_bytes": peak}
@@ -380,8 +387,7 @@ def startup(args) -> None:
 
 def private() -> float:
     """Memory of this process that is not mapped from files, MB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) / 1000
+    return of_process("RssAnon") / 1e6
 
 
 def sparse_store(folder: Path, rows: int) -> srgan.FaceStore:

@@ -767,3 +767,19 @@ def test_names_that_are_not_utf8_are_prepared_too(tmp_path):
     os.rename(source / "a.png", os.fsencode(source) + b"/caf\xe9.png")
     store = srgan.prepare(source, tmp_path / "store")
     assert store.names == ["caf\ufffd.png"] and np.array_equal(stored(store, 0), np.asarray(picture(0)))
+
+
+def test_faces_kept_on_a_device_are_the_same(store):
+    """As on a GPU that holds them all: the training faces from its memory, others from the disk."""
+    kept = srgan.FaceStore(store.folder)
+    kept.keep_on(CPU)
+    kept._pixels = None  # nothing to read any more
+    for update in (0, 3):
+        expected = srgan.batch(store, srgan.Config(**SMALL), update, CPU)
+        assert all(map(torch.equal, srgan.batch(kept, srgan.Config(**SMALL), update, CPU), expected))
+    assert kept.faces(kept.indices("train")[:2], CPU).stride() == store.faces([0, 1]).stride()
+    with pytest.raises(TypeError):
+        kept.faces(kept.indices("test"), CPU)
+    kept.keep_on(None)
+    with pytest.raises(TypeError):
+        kept.faces(kept.indices("train"), CPU)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,6 +79,44 @@ def test_upscale_bounds_what_the_network_sees(photo):
     most = 20 + 2 * srgan.receptive_radius(config)
     assert len(seen) == math.ceil(159 / 20) * math.ceil(141 / 20)
     assert max(max(shape) for shape in seen) <= most
+
+
+@pytest.mark.parametrize("preset", ["report", "paper"])
+def test_batch_norm_is_folded(preset, photo):
+    """The same image without the layers, and the network that was given keeps its own."""
+    generator, config = network(preset)
+    with torch.no_grad():
+        for module in generator.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.3, 3)
+                module.weight.uniform_(0.5, 2)
+        folded = srgan._for_inference(generator)
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+        assert any(isinstance(module, torch.nn.BatchNorm2d) for module in generator.modules())
+        torch.testing.assert_close(folded(photo), generator(photo), rtol=0, atol=1e-5)
+
+
+def test_tiles_of_one_shape_go_together(photo, monkeypatch):
+    generator, config = network("sharp", 2)
+    one_by_one = srgan.upscale(photo, generator, config, tile=12)
+    seen = []
+    generator.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    monkeypatch.setitem(srgan._TILES_TOGETHER, "cpu", 3)
+    together = srgan.upscale(photo, generator, config, tile=12)
+    assert sum(seen) == 20 and max(seen) == 3
+    assert (together - one_by_one).abs().max() <= 1.01 * LEVEL
+
+
+def test_upscale_in_the_precision_of_the_training(photo, monkeypatch):
+    generator, config = network("sharp", 2, precision="bf16")
+    used = []
+    generator.register_forward_hook(lambda module, inputs, output: used.append(torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(srgan, "resolve_precision", lambda precision, device: precision)  # as on a CPU that has it
+    low = srgan.upscale(photo, generator, config)
+    high = srgan.upscale(photo, generator, replace(config, precision="fp32"))
+    assert used == [True, False]
+    assert 0 < (low - high).abs().max() < 8 * LEVEL and (low - high).abs().mean() < LEVEL
 
 
 # --- evaluate

@@ -563,3 +563,33 @@ def test_bf16_runs_on_a_cpu(store, tmp_path, changes):
         assert state.generator.merge(state.generator.head(lr)).dtype == torch.bfloat16
     losses = srgan.discriminator_step(state, sr, hr) | srgan.generator_step(state, sr, hr)
     assert sr.dtype == torch.float32 and {loss.dtype for loss in losses.values()} == {torch.float32}
+
+
+# --- torch.compile
+
+
+def test_compiled_updates_give_the_same_weights(store, tmp_path, monkeypatch):
+    """Traced and differentiated as for a GPU, but run without its kernels, which take a compiler."""
+    compile_, seen = torch.compile, []
+
+    def traced(network):
+        seen.append(type(network).__name__)
+        return compile_(network, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    weights = {}
+    for compiled in (False, True):
+        events = list(srgan.train(store, tmp_path / str(compiled), None, TINY | {"compile": compiled}))
+        assert events[-1].step == 6
+        weights[compiled] = srgan.load_generator(tmp_path / str(compiled) / "generator.safetensors")[0].state_dict()
+    assert seen == ["Generator", "Discriminator"]
+    for name, value in weights[True].items():
+        torch.testing.assert_close(value, weights[False][name], rtol=0, atol=1e-5)
+
+
+def test_when_compiling_pays(store, tmp_path):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    long, short = (srgan.Config(pretrain_steps=steps, steps=10_000) for steps in (10_000, 9_999))
+    assert srgan._compile_pays(long, gpu) and not srgan._compile_pays(short, gpu) and not srgan._compile_pays(long, cpu)
+    next(srgan.train(store, tmp_path, None, TINY)).step
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["compile"] is False  # decided, and recorded
