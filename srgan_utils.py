@@ -521,37 +521,66 @@ def _ranks() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def _join() -> None:
+    """Meet the other processes that torchrun has started: NCCL between GPUs, gloo for all else."""
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise ValueError(f"torchrun was asked for more processes than there are GPUs: --nproc_per_node={gpus} is the most")
+    if gpus:
+        torch.cuda.set_device(local)
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionError(f"srgan_utils.py: this process does not find the others ({_one_line(error)[:200]}): look at "
+                              "torchrun's --master-addr and --nnodes") from None
+
+
 @contextlib.contextmanager
 def _process_group() -> Iterator[None]:
-    """What processes started by torchrun speak through: NCCL between GPUs, gloo for all else; nothing without torchrun.
-
-    ConnectionError in one line if one of them dies: torch's own RuntimeError names sockets.
-    """
+    """What processes started by torchrun speak through; nothing without torchrun. ConnectionError in one line if one dies."""
     if not distributed.is_torchelastic_launched():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _join()
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except RuntimeError as error:  # torch has no class of its own for gloo's
+        if not re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out|Broken pipe", str(error)):
             raise
-        text = re.sub(r"^\[\S*\] ", "", _one_line(error))  # gloo begins with the place in its source
-        raise ConnectionError(f"srgan_utils.py: process {_rank()} of {_ranks()} lost another ({text[:200]}): start "
-                              "them all again, and the run continues at its newest checkpoint") from None
+        raise ConnectionError(f"srgan_utils.py: process {_rank()} of {_ranks()} lost another: start them all again, and the run "
+                              "continues at its newest checkpoint") from None
     finally:
         with contextlib.suppress(RuntimeError):
             distributed.destroy_process_group()
 
 
-def _tell(order=None):
-    """What the first process gives as `order`, in every process."""
+_followers_wait = True  # for an order, as the first process knows
+
+
+def _tell(order: tuple | None = None) -> tuple | None:
+    """What the first process gives as `order` (None: end), in every process."""
     orders = [order]
     if _ranks() > 1:
         distributed.broadcast_object_list(orders, device=torch.device("cpu"))
     return orders[0]
+
+
+@contextlib.contextmanager
+def _ordered(*order) -> Iterator[None]:
+    """Have the processes that follow this one do what `order` says, while this one does the same."""
+    global _followers_wait
+    _tell(order)
+    _followers_wait = False
+    yield
+    _followers_wait = True
+
+
+def _dismiss(*_) -> None:
+    """End the processes that follow this one. Where this one failed in the middle of an order, they wait for it, not for
+    another order, and end when it is gone."""
+    if _followers_wait:
+        with contextlib.suppress(RuntimeError):  # they are gone already
+            _tell(None)
 
 
 class _MeanOfRanks(torch.autograd.Function):
@@ -1455,6 +1484,7 @@ class FaceStore:
         """Positions of the faces of `train`, `validation`, `test` or `all` of these. ValueError if there are none."""
         if split not in self._members:  # asked for at every update
             self._members[split] = np.flatnonzero(self.split < 3 if split == "all" else self.split == _SPLITS.index(split))
+            self._members[split].setflags(write=False)
         if not len(self._members[split]):
             raise ValueError(f"{self.folder} has no {split} faces ({self.describe()}): prepare more faces"
                              + (", or use --split all" if split == "test" else ""))
@@ -2315,6 +2345,8 @@ def _tiles(image: Tensor, generator: Generator, config: Config, tile: int | None
 
     scale, margin, device = config.scale, receptive_radius(config), next(generator.parameters()).device
     network, precision = _for_inference(generator), resolve_precision(config.precision, device)
+    if (config.precision, precision) == ("fp16", "bf16"):  # coarser than it was trained with
+        precision = "fp32"
     tile = tile or max(16, _TILE // scale)
     height, width = image.shape[-2:]
     groups: dict[tuple, list] = {}
@@ -2324,7 +2356,7 @@ def _tiles(image: Tensor, generator: Generator, config: Config, tile: int | None
         groups.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append((y, x, rows, columns))
     together = _TILES_TOGETHER[device.type]
     batches = [group[i:i + together] for group in groups.values() for i in range(0, len(group), together)]
-    for members in tqdm(batches, desc="enlarging", unit="tile", mininterval=1, disable=not progress or len(batches) < 4):
+    for members in tqdm(batches, desc="enlarging", mininterval=1, disable=not progress or len(batches) < 4):
         parts = torch.cat([image[..., rows, columns] for _, _, rows, columns in members]).to(device)
         with _autocast(precision, device):
             pixels = _to_pixels(network(parts.contiguous(memory_format=torch.channels_last)))
@@ -2339,7 +2371,7 @@ def upscale(image: Tensor, generator: Generator, config: Config, tile: int | Non
 
     Works in tiles of `tile` LR px (default: 1024 px of output) that overlap by the network's receptive field:
     memory stays bounded and no seam shows, since every pixel sees all that it would in one piece. In the precision that
-    the network was trained in, where the device has it.
+    the network was trained in, or in a finer one.
     """
     out = torch.empty(1, 3, image.shape[-2] * config.scale, image.shape[-1] * config.scale)
     for y, x, pixels in _tiles(image, generator, config, tile, progress):
@@ -2720,54 +2752,42 @@ def _one_update(state: TrainState, store: FaceStore) -> dict[str, Tensor]:
 def _updates(state: TrainState, store: FaceStore, count: int) -> list[dict[str, float]]:
     """The next `count` updates, of one stage, in all processes; their losses are fetched together, since each fetch makes the
     host wait for the device."""
+    state.generator.train()
+    state.discriminator.train()
     losses = [_one_update(state, store) for _ in range(count)]
     table = _mean_of_ranks(torch.stack([torch.stack(list(each.values())) for each in losses]))
     return [dict(zip(losses[0], values)) for values in table.tolist()]
 
 
 def _created(config: Config, store: FaceStore) -> TrainState:
-    device = pick_device()
+    """Fresh networks on this process's device, and the faces beside them if it is a GPU where they fit and are used often."""
+    device, members = pick_device(), store.indices("train")
+    store.keep_on(None)
     state = TrainState.create(config, device)
-    size = len(store.indices("train")) * _SIDE * _SIDE * 3
-    if device.type == "cuda" and size < torch.cuda.mem_get_info()[0] / 4:
-        store.keep_on(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what earlier runs left would count as taken
+        room = torch.cuda.mem_get_info()[0] / 4
+        if len(members) * _SIDE * _SIDE * 3 < room and config.total_steps * config.batch_size > len(members):
+            store.keep_on(device)
     return state
 
 
-def _create(config: Config, store: FaceStore) -> TrainState:
-    """The state that `config` begins with, in this process and in those that follow it."""
-    _tell((config, store.fingerprint))
-    return _created(config, store)
-
-
-def _ordered(state: TrainState, store: FaceStore, count: int) -> list[dict[str, float]]:
-    """`_updates` in this process and in those that follow it."""
-    _tell(count)
-    return _updates(state, store, count)
-
-
 def _follow(store: FaceStore) -> None:
-    """What every process but the first does: the same updates of its own share of faces, until it is told to end."""
+    """What every process but the first does: the same updates with its own share of the faces, until it is told to end."""
     for kind in (signal.SIGINT, signal.SIGTERM):  # the first process saves, then ends the others
         signal.signal(kind, signal.SIG_IGN)
     state = None
-    while (order := _tell()) is not None:
-        if isinstance(order, int):
-            _updates(state, store, order)
-        elif isinstance(order, dict):
-            state.load(order)
+    while order := _tell():
+        if order[0] == "update":
+            _updates(state, store, order[1])
+        elif order[0] == "load":
+            state.load(order[1])
         else:
-            config, fingerprint = order
+            state = None  # before there is another, so that they do not need memory both
+            _, config, fingerprint = order
             if fingerprint != store.fingerprint:
                 raise ValueError(f"{store.folder} holds other faces here than on the first machine: prepare the same on each")
-            state = None  # before there is another, so that they do not need memory both
             state = _created(config, store)
-
-
-def _dismiss(error: type | None, *_) -> None:
-    """End the processes that follow this one; where one has died (RuntimeError), torchrun ends the others."""
-    if error is None or not issubclass(error, RuntimeError):
-        _tell(None)
 
 
 @dataclass
@@ -2807,13 +2827,14 @@ def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minu
     trial = replace(config, compile=False, **stages)
     for number in range(trial.total_steps):
         batch(store, trial, number, device)  # a block's first use checks it, which is not what is timed here
-    state, seconds = _create(trial, store), []
+    with _ordered("create", trial, store.fingerprint):
+        state = _created(trial, store)
+    seconds = []
     for count in (trial.pretrain_steps, trial.steps):
-        begun = time.perf_counter()
-        if count:
-            _ordered(state, store, warm)
+        for number in (warm, timed) if count else ():
             begun = time.perf_counter()
-            _ordered(state, store, timed)
+            with _ordered("update", number):
+                _updates(state, store, number)
         seconds.append((time.perf_counter() - begun) / timed if count else 0.0)
     one_round = config.pretrain_steps * seconds[0] + config.steps * seconds[1]
     factor = minutes * 60 * 0.96 / max(one_round, 1e-9)  # the rest goes into samples and checkpoints
@@ -2949,14 +2970,15 @@ class _Run:
             writer = csv.DictWriter(file, _HISTORY, restval="", lineterminator="\n")
             if new:
                 writer.writeheader()
-            for update, self.losses in enumerate(losses, first):
-                for name, value in self.losses.items():
+            for update, values in enumerate(losses, first):
+                for name, value in values.items():
                     if not math.isfinite(value):
                         self._stop(update + 1, name, value)
                 rate = _learning_rate(self.state.config, update)
-                row = {"step": update + 1, "stage": stage, "learning_rate": rate} | self.losses
+                row = {"step": update + 1, "stage": stage, "learning_rate": rate} | values
                 numbers = {name: f"{value:.6g}" for name, value in row.items() if isinstance(value, float)}
                 writer.writerow(row | numbers | {"seconds": f"{self.seconds:.1f}"})
+        self.losses = losses[-1]
 
     def _stop(self, step: int, name: str, value: float) -> None:
         self.settle()
@@ -3052,7 +3074,10 @@ class _Run:
         stage = "pretrain" if first < config.pretrain_steps else "adversarial"
         worked = first < config.total_steps
         if worked:
-            self.record(first, stage, _ordered(state, self.store, self._planned(stage)))
+            count = self._planned(stage)
+            with _ordered("update", count):
+                losses = _updates(state, self.store, count)
+            self.record(first, stage, losses)
             self._pace(stage, time.perf_counter() - begun, state.update - first)
         done = state.update >= config.total_steps or time.perf_counter() > self.deadline
         sample = self.draw() if worked and (done or self._sample_due()) else None
@@ -3091,10 +3116,12 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
     copies = Backup(backup, size) if backup else None
     print(f"checkpoints of {_size(size)} each: the newest two in {folder / 'ckpt'}{f' and in {backup}' if backup else ''}")
     if for_minutes and not record:
+        config = replace(config, compile=config.compile or False)  # compiling takes minutes of those
         config = _fit_to_minutes(config, store, device, for_minutes)
     if config.compile is None:
         config = replace(config, compile=_compile_pays(config, device))
-    state = _create(config, store)  # before config.json, so that what fails here can be asked for differently
+    with _ordered("create", config, store.fingerprint):
+        state = _created(config, store)  # before config.json, so that what fails here can be asked for differently
     for name in ("pretrained.safetensors", "generator.safetensors"):
         if backup and saved and not path.exists() and (backup / name).exists():  # a fresh machine
             with contextlib.suppress(ValueError):  # one that was cut off while it was copied
@@ -3106,7 +3133,8 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
     run = _Run(folder, store, state, max_minutes, copies)
     if saved:
         run.resume(saved)
-        _tell(saved)
+        with _ordered("load", saved):
+            pass
         notes.append(f"continues at update {saved['update']} of {config.total_steps}")
     else:
         (folder / "history.csv").unlink(missing_ok=True)  # rows of updates that no checkpoint holds
@@ -3126,6 +3154,7 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
     sets its length to fit. backup: a second folder (on Drive) for copies, from which it also continues. Stopping
     (Ctrl-C, the stop button, leaving the loop) saves first. FloatingPointError if a loss is not finite;
     BlockingIOError if another process trains this run; OSError if two checkpoints do not fit on the disk.
+    Where several processes train together (the command `train` under torchrun), only the first yields anything.
     """
     folder = Path(folder)
     if _rank():

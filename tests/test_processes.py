@@ -87,6 +87,32 @@ def test_a_dead_process_ends_the_run_and_one_continues_it(store, tmp_path, rank)
     assert [row[0] for row in history(run)] == list(range(1, 309))
 
 
+FAILS = """
+import sys
+sys.path.insert(0, {root!r})
+import srgan_utils as srgan
+batch = srgan.batch
+
+def fails(store, config, update, device):
+    if srgan._rank() == 0 and update == 4:
+        raise ValueError("faces 0 to 999 are damaged on disk")
+    return batch(store, config, update, device)
+
+srgan.batch = fails
+sys.exit(srgan.main(sys.argv[1:]))
+"""
+
+
+def test_what_fails_in_one_process_only_is_said_and_ends_all(store, tmp_path):
+    """The other one is in the middle of an update, and waits for this one's gradients."""
+    program = tmp_path / "fails.py"
+    program.write_text(FAILS.format(root=str(Path(MODULE).parent)))
+    arguments = [str(program) if each == MODULE else each for each in command(store, tmp_path / "run", QUICK)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("faces 0 to 999 are damaged on disk") == 1, done.stderr
+    assert srgan.newest_checkpoint(tmp_path / "run" / "ckpt") is None and not (tmp_path / "run" / "lock").exists()
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(store, tmp_path, monkeypatch):
     monkeypatch.setattr(srgan, "_ranks", lambda: 3)
     monkeypatch.setattr(srgan, "_tell", lambda order: None)

@@ -328,6 +328,19 @@ def test_a_stopped_run_ends_like_one_never_stopped(store, tmp_path, whole, stop,
     assert_same_run(folder, whole)
 
 
+def test_batch_norm_goes_on_learning_after_the_change_of_stage(store, tmp_path):
+    """Without a moving average, what is measured then is the network that is trained."""
+    changes = LONG | {"ema": 0.0, "batch_norm": 0.1}
+    run(store, tmp_path / "whole", "sharp", changes)
+    for progress in srgan.train(store, tmp_path / "cut", "sharp", changes):
+        if progress.step == 4:
+            break
+    run(store, tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    counted = newest(tmp_path / "whole")["generator"]["merge.1.num_batches_tracked"]
+    assert counted == 9
+
+
 def test_a_run_that_died_ends_like_one_that_did_not(store, tmp_path, whole):
     """The power fails after updates that no checkpoint holds: history has no step twice."""
     folder, dead = tmp_path / "run", tmp_path / "dead"
