@@ -76,12 +76,15 @@ __all__ = [
     "ResidualBlock", "UpsampleBlock", "icnr_", "Generator", "Discriminator",        # 5
     "VGGFeatures", "count_parameters", "receptive_radius",
     "pixel_loss", "feature_loss", "adversarial_loss", "discriminator_loss",         # 6
-    "psnr", "ssim", "lpips", "sharpness", "checkerboard_index", "flat_field",       # 7
+    "psnr", "ssim", "lpips", "sharpness", "flat_energy", "detail_correlation",      # 7
+    "checkerboard_index", "flat_field",
     "save_checkpoint", "load_checkpoint", "newest_checkpoint", "Backup",            # 8
-    "export_generator", "load_generator", "find_generator",
+    "export_generator", "load_generator", "interpolate_generators",
+    "find_generator",
     "upscale",                                                                      # 9
     "evaluate", "summarise", "results_table",                                       # 10
-    "show_images", "comparison_figure", "image_strip", "history_figure",            # 11
+    "show_images", "comparison_figure", "image_strip", "scores_figure",             # 11
+    "history_figure",
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
     "update_ema", "Progress", "run_name", "train",
     "show_source", "shape_walk", "progress_bar", "Dashboard", "uploaded_files",     # 13
@@ -118,7 +121,8 @@ _RANGES = {
     "save_steps": (1, 1e9), "save_minutes": (0.01, 1e6), "sample_steps": (1, 1e9),
 }
 _CHOICES = {
-    "scale": (2, 4, 8, 16), "output": ("report", "tanh", "linear"), "discriminator": ("dense", "pooled"),
+    "scale": (2, 4, 8, 16), "output": ("report", "tanh", "linear"), "upsampling": ("shuffle", "blur", "resize"),
+    "discriminator": ("dense", "pooled"),
     "content": ("pixel", "vgg", "features"), "distance": ("l1", "mse"),
     "adversarial": ("least_squares", "bce", "relativistic"), "decay": ("none", "cosine"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
@@ -177,7 +181,8 @@ class Config:
     kernel_size: int = 3              # of the first and the last convolution
     batch_norm: float = 0.0           # momentum of BatchNorm; 0: none (a dense discriminator then keeps 0.1)
     shared_upsampling: bool = False   # one up-sampling block applied log2(scale) times, as the report did
-    icnr: bool = True                 # start the up-sampling free of checkerboard (arXiv:1707.02937)
+    upsampling: str = "shuffle"       # shuffle; blur: smoothed after it; or resize: nearest pixels, then a convolution
+    icnr: bool = True                 # start the pixel shuffle free of checkerboard (arXiv:1707.02937)
     skip: bool = True                 # the network adds detail to a bicubic enlargement
     output: str = "linear"            # report: 2.38 tanh + 0.26, ImageNet-normalised; tanh: [0, 1]
 
@@ -1604,7 +1609,7 @@ def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
             raise  # a slip in the user's own path is not mended by other faces
         print(f"\n{'!' * 100}\n{error}\nTaking SYNTHETIC (drawn) faces instead of {source}: fine for trying things out, "
               f"useless for judging results.\n{'!' * 100}\n")
-        limit = min(limit or 240, 240)  # drawn in ten seconds
+        limit = min(limit or 200, 200)  # drawn in ten seconds
         store = prepare("synthetic", place("synthetic", limit), limit)
     print(f"{store.title}: {store.describe()}")
     return store
@@ -1691,18 +1696,30 @@ def icnr_(conv: nn.Conv2d, factor: int = 2) -> None:
 
 
 class UpsampleBlock(nn.Module):
-    """Twice the size: conv to four times the channels, pixel shuffle, PReLU."""
+    """Twice the size, then PReLU. `kind` says how:
 
-    def __init__(self, channels: int, icnr: bool = False):
+    shuffle  conv to four times the channels, pixel shuffle (§2.1.1): each of the four phases of its output has filters of
+             its own, and where these differ there is a checkerboard
+    blur     the same, then the kernel (1 2 1) x (1 2 1) / 16, which no pattern of period 2 passes (Sugawara et al. 2019)
+    resize   nearest pixels, then conv: flat stays flat (Odena et al. 2016, distill.pub/2016/deconv-checkerboard)
+    """
+
+    def __init__(self, channels: int, kind: str = "shuffle", icnr: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
-        self.shuffle = nn.PixelShuffle(2)
+        self.kind = kind
+        self.conv = nn.Conv2d(channels, channels if kind == "resize" else 4 * channels, 3, padding=1)
+        self.shuffle = nn.Identity() if kind == "resize" else nn.PixelShuffle(2)
         self.activation = nn.PReLU()
-        if icnr:
+        if icnr and kind != "resize":
             icnr_(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.shuffle(self.conv(x)))  # (N, C, h, w) -> (N, C, 2h, 2w)
+        if self.kind == "resize":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.activation(self.shuffle(self.conv(x)))  # (N, C, h, w) -> (N, C, 2h, 2w)
+        if self.kind == "blur":
+            x = F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 2, stride=1), 2, stride=1)
+        return x
 
 
 class Generator(nn.Module):
@@ -1719,7 +1736,7 @@ class Generator(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(channels, config.batch_norm) for _ in range(config.residual_blocks)))
         self.merge = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), *_norm(channels, config.batch_norm))
         own = 1 if config.shared_upsampling else config.stages
-        self.upsample = nn.ModuleList(UpsampleBlock(channels, config.icnr) for _ in range(own))
+        self.upsample = nn.ModuleList(UpsampleBlock(channels, config.upsampling, config.icnr) for _ in range(own))
         self.tail = nn.Conv2d(channels, 3, kernel, padding=kernel // 2)
 
     def forward(self, lr: Tensor) -> Tensor:
@@ -1856,7 +1873,7 @@ def count_parameters(model: nn.Module) -> int:
 def receptive_radius(config: Config) -> int:
     """LR px on each side that a pixel of SR depends on, rounded up: the overlap that tiles need."""
     edge = config.kernel_size // 2
-    stages = sum(1 / 2 ** stage for stage in range(config.stages))
+    stages = sum((1.5 if config.upsampling == "blur" else 1) / 2 ** stage for stage in range(config.stages))
     return math.ceil(edge + 2 * config.residual_blocks + 1 + stages + edge / config.scale) + 2  # 2: the bicubic skip
 
 
@@ -1951,6 +1968,26 @@ def _gradient_energy(images: Tensor) -> Tensor:
 def sharpness(sr: Tensor, hr: Tensor) -> Tensor:
     """Gradient energy of SR over that of HR for each image, (N,): below 1 blurrier, above 1 noisier."""
     return _gradient_energy(sr) / _gradient_energy(hr).clamp_min(1e-12)
+
+
+def flat_energy(sr: Tensor, hr: Tensor) -> Tensor:
+    """`sharpness` in the flattest tenth of HR's blocks of 8 x 8 px alone, (N,): above 1, noise or a pattern was added there."""
+    def energies(images):
+        blocks = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, images.shape[1], 8, 8)
+        return _gradient_energy(blocks).view(len(images), -1)  # (N, blocks)
+
+    wanted = energies(hr)
+    flattest = wanted.topk(max(1, wanted.shape[1] // 10), largest=False).indices
+    return energies(sr).gather(1, flattest).sum(1) / wanted.gather(1, flattest).sum(1).clamp_min(1e-12)
+
+
+def detail_correlation(sr: Tensor, plain: Tensor, hr: Tensor) -> Tensor:
+    """Correlation of the detail that SR adds to the bicubic enlargement `plain` with the detail that HR has beyond it, (N,).
+
+    1: what is added is right; 0: it has nothing to do with the face (or nothing is added).
+    """
+    added, missing = (sr - plain).flatten(1), (hr - plain).flatten(1)
+    return F.cosine_similarity(added - added.mean(1, keepdim=True), missing - missing.mean(1, keepdim=True))
 
 
 def checkerboard_index(images: Tensor) -> Tensor:
@@ -2251,8 +2288,8 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
     return digest.hexdigest()
 
 
-def _shipped_weights(scale: int) -> Path:
-    return Path(__file__).parent / "weights" / f"srgan-x{scale}.safetensors"
+def _shipped_weights(scale: int, parent: bool = False) -> Path:
+    return Path(__file__).parent / "weights" / f"srgan-x{scale}{'-pixel' if parent else ''}.safetensors"
 
 
 def export_generator(path: str | Path, generator: Generator, config: Config, **about) -> None:
@@ -2302,6 +2339,21 @@ def load_generator(path: str | Path, scale: int | None = None) -> tuple[Generato
     except (RuntimeError, KeyError):
         raise ValueError(f"{path} does not hold the network that its header tells of: export it again") from None
     return generator.eval(), config, about
+
+
+def interpolate_generators(faithful: Generator, sharp: Generator, amount: float) -> Generator:
+    """A generator between two of one shape: every weight (1 - amount) * faithful + amount * sharp, in eval mode.
+
+    With the pixel-loss parent and the final generator this is a slider from 0, faithful, to 1, sharp (ESRGAN,
+    arXiv:1809.00219, §3.4). ValueError if their shapes differ.
+    """
+    between = copy.deepcopy(faithful).eval()
+    ours, others = between.state_dict(), sharp.state_dict()
+    if {name: value.shape for name, value in ours.items()} != {name: value.shape for name, value in others.items()}:
+        raise ValueError("these two generators have different shapes: take a run's own pretrained and generator")
+    for name, value in ours.items():
+        value.copy_(torch.lerp(value.double(), others[name].double(), amount))
+    return between
 
 
 def find_generator(scale: int, *folders: str | Path) -> Path | None:
@@ -2397,7 +2449,8 @@ def _scores(images: Tensor, hr: Tensor, with_lpips: bool) -> dict[str, list[floa
 def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Sequence[int],
              with_lpips: bool = False) -> list[dict]:
     """One row per face: its name, and `bicubic_*`, `srgan_*` for PSNR (dB) and SSIM in RGB and Y, sharpness and
-    checkerboard index; `hr_checkerboard` beside them. `config` says the view (crop, hr_size).
+    checkerboard index; `hr_checkerboard`, `flat_energy` and `detail_correlation` of SRGAN beside them. `config` says the
+    view (crop, hr_size).
 
     Images are rounded to 8 bits and lose a border of `scale` px. ValueError if too little is left to measure.
     """
@@ -2414,14 +2467,29 @@ def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Se
         plain, hr = quantise(bicubic(lr, config.hr_size))[..., edge, edge], hr[..., edge, edge]
         scores = {"bicubic": _scores(plain, hr, with_lpips), "srgan": _scores(ours, hr, with_lpips),
                   "hr": {"checkerboard": checkerboard_index(hr).tolist()}}
+        added = {"flat_energy": flat_energy(ours, hr).tolist(),
+                 "detail_correlation": detail_correlation(ours, plain, hr).tolist()}
         for i, index in enumerate(chunk):
             rows.append({"name": store.names[index]} | {f"{method}_{metric}": values[i] for method, by_metric in scores.items()
-                                                        for metric, values in by_metric.items()})
+                                                        for metric, values in by_metric.items()}
+                        | {metric: values[i] for metric, values in added.items()})
     return rows
 
 
+def _interval(values: Sequence[float]) -> dict[str, float]:
+    """The mean of `values` and its 95 % bootstrap interval (percentiles of the means of 2,000 resamples, always the same)."""
+    values = np.asarray(values, dtype=float)
+    means = values[np.random.default_rng(0).integers(len(values), size=(2_000, len(values)))].mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return {"mean": round(float(values.mean()), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
+
+
 def summarise(rows: Sequence[dict], config: Config, split: str) -> dict:
-    """What metrics.json holds: means over images of per-image values, for bicubic, srgan and hr; null where not finite."""
+    """What metrics.json holds: means over images of per-image values, for bicubic, srgan and hr; null where not finite.
+
+    `gain`: the mean gain over bicubic in PSNR, dB, with its 95 % bootstrap interval over images. `added`: flat energy and
+    detail correlation of what SRGAN adds.
+    """
     def mean(key):
         value = float(np.mean([row[key] for row in rows]))
         return round(value, 5) if math.isfinite(value) else None
@@ -2430,6 +2498,9 @@ def summarise(rows: Sequence[dict], config: Config, split: str) -> dict:
     for method in ("bicubic", "srgan"):
         prefix = f"{method}_"
         summary[method] = {key.removeprefix(prefix): mean(key) for key in rows[0] if key.startswith(prefix)}
+    gains = {metric: [row[f"srgan_{metric}"] - row[f"bicubic_{metric}"] for row in rows] for metric in ("psnr_rgb", "psnr_y")}
+    summary["added"] = {metric: mean(metric) for metric in ("flat_energy", "detail_correlation")}
+    summary["gain"] = {metric: _interval(values) for metric, values in gains.items() if np.isfinite(values).all()}
     return summary | {"hr": {"sharpness": 1, "checkerboard": mean("hr_checkerboard")}}
 
 
@@ -2441,6 +2512,12 @@ def results_table(summary: dict) -> str:
     for method in ("bicubic", "srgan", "hr"):
         cells = [(summary[method].get(metric), 2 if "psnr" in metric else 3) for metric in metrics]
         lines.append(f"{method:8}" + "".join(" " * 13 if cell is None else f"{cell:13.{digits}f}" for cell, digits in cells))
+    for metric, gain in summary["gain"].items():
+        lines.append(f"gain in {metric}: {gain['mean']:+.2f} dB (95 % interval of this mean: "
+                     f"{gain['low']:+.2f} to {gain['high']:+.2f})")
+    added = summary["added"]
+    lines.append(f"energy in HR's flattest blocks: {added['flat_energy']:.2f} of HR's; what is added correlates "
+                 f"{added['detail_correlation']:.2f} with what bicubic lacks")
     return "\n".join(lines)
 
 
@@ -2477,18 +2554,22 @@ def show_images(images: Tensor | Sequence[Tensor], titles: Sequence[str] = (), c
 
 
 @torch.no_grad()
-def comparison_figure(generator: Generator, config: Config, faces: Tensor, label: str = "SRGAN"):
+def comparison_figure(generator: Generator, config: Config, faces: Tensor, label: str = "SRGAN", errors: bool = False):
     """LR (nearest), bicubic, SRGAN and HR of stored faces, uint8 (N, 3, 178, 178), as a matplotlib Figure.
 
     All panels share one range of colours, [0, 1]; PSNR and SSIM (RGB, border of `scale` px removed) stand below.
+    errors: a fifth panel, four times the absolute difference of SRGAN and HR.
     """
     device, edge = next(generator.parameters()).device, slice(config.scale, -config.scale)
     lr, hr = make_pair(faces.to(device), config)
     plain, ours = quantise(bicubic(lr, config.hr_size)), quantise(generator(lr))
     titles = (f"LR, {lr.shape[-1]} px", "bicubic", f"{label} {config.scale}x", f"HR, {config.hr_size} px")
-    figure = _figure(12, 3.25 * len(faces))
-    axes = figure.subplots(len(faces), 4, squeeze=False)
-    for column, (title, images) in enumerate(zip(titles, (lr, plain, ours, hr))):
+    panels = (lr, plain, ours, hr)
+    if errors:
+        titles, panels = (*titles, "error, 4 times"), (*panels, (ours - hr).abs().mul(4).clamp(0, 1))
+    figure = _figure(3 * len(panels), 3.25 * len(faces))
+    axes = figure.subplots(len(faces), len(panels), squeeze=False)
+    for column, (title, images) in enumerate(zip(titles, panels)):
         scores = None
         if column in (1, 2):
             scores = zip(psnr(images[..., edge, edge], hr[..., edge, edge]), ssim(images[..., edge, edge], hr[..., edge, edge]))
@@ -2508,6 +2589,18 @@ def image_strip(generator: Generator, config: Config, faces: Tensor) -> Tensor:
     enlarged = F.interpolate(lr, size=hr.shape[-2:], mode="nearest")
     columns = torch.cat([enlarged, bicubic(lr, config.hr_size), generator(lr).clamp(0, 1), hr], dim=3)  # (N, 3, S, 4 S)
     return torch.cat(list(columns), dim=1)[None].cpu()
+
+
+def scores_figure(rows: Sequence[dict]):
+    """What `evaluate` found, a matplotlib Figure: a dot for each face and method, PSNR (RGB, dB) against sharpness."""
+    figure = _figure(6, 4)
+    ax = figure.subplots()
+    for method, label in (("bicubic", "bicubic"), ("srgan", "SRGAN")):
+        ax.scatter(*([row[f"{method}_{metric}"] for row in rows] for metric in ("psnr_rgb", "sharpness")), s=14, label=label)
+    ax.axhline(1, color="grey", linewidth=0.8)
+    ax.set(xlabel="PSNR RGB, dB: nearer to HR", ylabel="sharpness (HR: 1)")
+    ax.legend()
+    return figure
 
 
 def history_figure(path: str | Path):
@@ -3345,24 +3438,39 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]:
-    """The generator that --run, --weights or --scale (the shipped weights) names, and where it came from."""
-    scale = None if args.scale is None else _checked("scale", "int", _parsed(args.scale))
+def _chosen_weights(args: argparse.Namespace, scale: int | None) -> tuple[Path, Path | None]:
+    """The files that --run, --weights or --scale (the shipped weights) names: the generator, and its pixel-loss parent."""
     if args.run and args.weights:
         raise ValueError("give --run or --weights, not both")
     if args.run:
         path = Path(args.run) / "generator.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"{args.run} holds no generator.safetensors: train it first, or name another run")
-    elif args.weights:
-        path = Path(args.weights)
-    else:
-        path = _shipped_weights(scale or 4)
-        if not path.exists():
-            raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x: train a run and give --run DIR, "
-                                    "or give --weights FILE")
+        return path, Path(args.run) / "pretrained.safetensors"
+    if args.weights:
+        return Path(args.weights), None
+    path = _shipped_weights(scale or 4)
+    if not path.exists():
+        raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x: train a run and give --run DIR, "
+                                "or give --weights FILE")
+    return path, _shipped_weights(scale or 4, parent=True)
+
+
+def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]:
+    """The generator that the options name, as sharp as --blend says, and where it came from."""
+    scale = None if args.scale is None else _checked("scale", "int", _parsed(args.scale))
+    path, parent = _chosen_weights(args, scale)
     generator, config, _ = load_generator(path, scale)
-    return generator.to(pick_device()), config, str(path)
+    if args.blend is not None:
+        amount = _parsed(args.blend)
+        if type(amount) not in (int, float) or not 0 <= amount <= 1:
+            raise ValueError(f"--blend {args.blend}: give a number from 0 (faithful) to 1 (sharp)")
+        if parent is None or not parent.exists():
+            raise FileNotFoundError(f"--blend needs the pixel-loss parent of {path}, which is not there: leave it out, "
+                                    "or give a run that was pre-trained")
+        generator = interpolate_generators(load_generator(parent, scale)[0], generator, amount)
+    blended = "" if args.blend is None else f" (--blend {args.blend})"
+    return generator.to(pick_device()), config, f"{path}{blended}"
 
 
 def _prepare_command(args: argparse.Namespace) -> None:
@@ -3401,9 +3509,9 @@ def _train_command(args: argparse.Namespace) -> None:
     print(f"{folder}: {stopped if event.step < event.total else 'finished'}; generator.safetensors is the network to use")
 
 
-def _write_comparison(store: FaceStore, generator: Generator, config: Config, folder: Path, split: str, count: int | None,
-                      with_lpips: bool) -> dict:
-    """panels.png, metrics.csv and metrics.json in `folder`; returns the summary."""
+def _write_comparison(store: FaceStore, generator: Generator, config: Config, folder: Path, split: str = "test",
+                      count: int | None = None, with_lpips: bool = False, errors: bool = False) -> dict:
+    """panels.png, scores.png, metrics.csv and metrics.json in `folder`; returns the summary."""
     indices = store.indices(split)
     count = min(len(indices), count or 2000)
     chosen = indices[[i * len(indices) // count for i in range(count)]]
@@ -3415,7 +3523,8 @@ def _write_comparison(store: FaceStore, generator: Generator, config: Config, fo
     summary = summarise(rows, config, split)
     _write_atomically(folder / "metrics.json", (json.dumps(summary, indent=1) + "\n").encode())
     shown = chosen[[i * len(chosen) // min(4, len(chosen)) for i in range(min(4, len(chosen)))]]
-    comparison_figure(generator, config, store.faces(shown)).savefig(folder / "panels.png", dpi=100)
+    comparison_figure(generator, config, store.faces(shown), errors=errors).savefig(folder / "panels.png", dpi=100)
+    scores_figure(rows).savefig(folder / "scores.png", dpi=100)
     return summary
 
 
@@ -3429,8 +3538,9 @@ def _compare_command(args: argparse.Namespace) -> None:
     generator, config, path = _chosen_generator(args)
     folder = _writable(Path(args.out))
     print(f"weights: {path}")
-    print(results_table(_write_comparison(store, generator, replace(config, **view), folder, args.split, count, args.lpips)))
-    print(f"{folder / 'panels.png'}, metrics.csv and metrics.json are written")
+    view_config = replace(config, **view)
+    print(results_table(_write_comparison(store, generator, view_config, folder, args.split, count, args.lpips, args.errors)))
+    print(f"{folder / 'panels.png'}, scores.png, metrics.csv and metrics.json are written")
 
 
 def _upscale_file(path: Path, target: Path, generator: Generator, config: Config) -> None:
@@ -3481,7 +3591,7 @@ def _demo_command(args: argparse.Namespace) -> None:
     for _ in progress_bar(train(store, folder, "demo", max_minutes=4)):
         pass
     generator, config, _ = load_generator(folder / "generator.safetensors")
-    print(results_table(_write_comparison(store, generator, config, folder, "test", None, False)))
+    print(results_table(_write_comparison(store, generator, config, folder)))
     print(f"{folder / 'panels.png'} shows it; the whole way took {time.perf_counter() - began:.0f} s")
 
 
@@ -3512,10 +3622,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--run", metavar="DIR")
         command.add_argument("--weights", metavar="FILE")
         command.add_argument("--scale", metavar="S", help="the shipped weights for this factor")
+        command.add_argument("--blend", metavar="A", help="from 0, faithful (pixel loss alone), to 1, sharp")
     compare.add_argument("--split", default="test", metavar="test|all")
     compare.add_argument("--count", metavar="N", help="faces to measure")
     compare.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE", help="crop=..., hr_size=...")
     compare.add_argument("--lpips", action="store_true", help="also LPIPS (downloads its network)")
+    compare.add_argument("--errors", action="store_true", help="a fifth panel: the difference to HR")
     return parser
 
 

@@ -84,7 +84,7 @@ def test_prepare_train_compare_upscale(tmp_path, photo, capsys):
 
     table = done(capsys, "compare", "--store", store, "--run", run, "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) == {"scale", "split", "images", "crop", "hr_size", "bicubic", "srgan", "hr"}
+    assert set(metrics) == {"scale", "split", "images", "crop", "hr_size", "bicubic", "srgan", "hr", "gain", "added"}
     assert (metrics["scale"], metrics["split"], metrics["images"], metrics["crop"], metrics["hr_size"]) == (2, "test", 2, 176, 32)
     assert set(metrics["bicubic"]) == set(metrics["srgan"]) == METRICS and set(metrics["hr"]) == {"sharpness", "checkerboard"}
     assert metrics["hr"]["sharpness"] == 1
@@ -107,6 +107,25 @@ def test_compare_takes_a_view_a_split_and_a_count(store, weights, tmp_path, caps
          "--set", "crop=144", "hr_size=48")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [metrics[key] for key in ("scale", "split", "images", "crop", "hr_size")] == [4, "all", 5, 144, 48]
+
+
+def test_blend_goes_from_the_pixel_loss_parent_to_the_final_generator(store, tiny_run, tmp_path, capsys):
+    def compared(*arguments):
+        done(capsys, "compare", "--store", store.folder, "--out", tmp_path / "out", "--count", 2, *arguments)
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())["srgan"]
+
+    ends = [compared("--weights", tiny_run / f"{name}.safetensors") for name in ("pretrained", "generator")]
+    assert ends[0] != ends[1]
+    assert [compared("--run", tiny_run, "--blend", amount) for amount in ("0", "1.0")] == ends
+    assert compared("--run", tiny_run, "--blend", "0.5") not in ends
+
+
+def test_the_error_panel_is_drawn_on_demand(store, weights, tmp_path, capsys):
+    widths = []
+    for more in ([], ["--errors"]):
+        done(capsys, "compare", "--store", store.folder, "--weights", weights, "--out", tmp_path, "--count", 1, *more)
+        widths.append(Image.open(tmp_path / "panels.png").width)
+    assert widths[1] == pytest.approx(widths[0] * 5 / 4, rel=0.01) and (tmp_path / "scores.png").exists()
 
 
 def test_train_on_a_finished_run_does_nothing_more(store, tiny_run, capsys):
@@ -303,7 +322,8 @@ def test_folders_that_cannot_be_written(store, weights, photo, blocked, tmp_path
     (["--split", "tset"], "did you mean 'test'"), (["--count", "0"], "above 0"), (["--count", "2.5"], "whole number"),
     (["--set", "steps=3"], "crop and hr_size"), (["--set", "hr_size=50"], "nearest that is: "),
     (["--set", "crop=500"], "nearest valid: 178"),
-    (["--set", "hr_size=16"], "too small to measure"),
+    (["--set", "hr_size=16"], "too small to measure"), (["--blend", "1.1"], "from 0 (faithful) to 1 (sharp)"),
+    (["--blend", "much"], "from 0 (faithful) to 1 (sharp)"), (["--blend", "0.5"], "leave it out, or give a run"),
 ])
 def test_bad_options_of_compare(store, weights, tmp_path, capsys, arguments, message):
     (tmp_path / "metrics.json").write_text("older")

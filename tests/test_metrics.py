@@ -149,3 +149,24 @@ def test_flat_field(scale):
     colours = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.2, 0.5, 0.9]])
     assert srgan.flat_field(lambda lr: srgan.bicubic(lr, lr.shape[-1] * scale), colours).max() < 1e-3
     assert srgan.flat_field(with_grid, colours).tolist() == pytest.approx([3.0] * 3, rel=1e-2)
+
+
+def test_flat_energy_by_hand():
+    """Ten blocks of 8 x 8 px, each a slope across, steeper from block to block: the first is the flattest tenth."""
+    slopes = torch.arange(1, 11).repeat_interleave(8) / 1000
+    hr = slopes.cumsum(0).expand(1, 3, 8, 80)
+    grid = 0.002 * (torch.arange(8)[:, None] % 2).expand(1, 3, 8, 80)
+    # 0.001 from column to column there, and the grid adds 0.002 from row to row
+    assert srgan.flat_energy(hr + grid, hr).item() == pytest.approx(1 + 0.002 ** 2 / 0.001 ** 2, rel=1e-3)
+    assert srgan.flat_energy(hr, hr).item() == pytest.approx(1)
+
+
+def test_detail_correlation():
+    random = srgan.seeded(3)
+    plain, detail = torch.rand(4, 3, 16, 16, generator=random), torch.randn(4, 3, 16, 16, generator=random)
+    hr, noise = plain + detail, torch.randn(4, 3, 16, 16, generator=random)
+    for share in (1.0, 0.2, -0.5):  # however much of the detail is added
+        expected = torch.full((4,), math.copysign(1, share))
+        torch.testing.assert_close(srgan.detail_correlation(plain + share * detail + 0.1, plain, hr), expected, rtol=0, atol=1e-3)
+    assert srgan.detail_correlation(plain, plain, hr).abs().max() == 0
+    assert srgan.detail_correlation(plain + noise, plain, hr).abs().max() < 0.15

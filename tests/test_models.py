@@ -210,6 +210,33 @@ def test_icnr_starts_as_a_nearest_neighbour_enlargement():
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("upsampling", ["blur", "resize"])
+def test_blur_and_resize_keep_flat_flat_whatever_the_weights(scale, upsampling):
+    colours = torch.rand(3, 3, generator=srgan.seeded(1))
+    torch.manual_seed(0)
+    generator = srgan.Generator(config("sharp", scale=scale, residual_blocks=1, icnr=False, channels=16, upsampling=upsampling))
+    with torch.no_grad():
+        for block in generator.upsample:
+            block.conv.weight.mul_(3)
+    assert srgan.flat_field(generator.eval(), colours).max() < 0.01
+
+
+def test_the_blur_is_binomial():
+    block = srgan.UpsampleBlock(4, "blur")
+    x, weights = torch.zeros(1, 4, 5, 5), torch.tensor([1.0, 2, 1])
+    with torch.no_grad():
+        block.conv.weight.zero_()
+        block.conv.bias.zero_()
+        block.conv.weight[0, 0, 1, 1] = 1.0  # the first phase of the first channel passes its input
+        x[0, 0, 2, 2] = 1.0
+        sr = block(x)
+    expected = torch.zeros(10, 10)
+    expected[3:6, 3:6] = torch.outer(weights, weights) / 16
+    torch.testing.assert_close(sr[0, 0], expected)
+    assert sr[0, 1:].abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
 def test_only_icnr_starts_without_a_checkerboard(scale):
     colours = torch.rand(5, 3, generator=srgan.seeded(1))
     fields = {}
@@ -248,11 +275,12 @@ def test_output_spans_black_and_white(preset, low, high):
         torch.testing.assert_close(ends[0], (-2.12 * STD + MEAN).expand_as(ends[0]))
 
 
-@pytest.mark.parametrize("preset", ["report", "paper", "sharp"])
+@pytest.mark.parametrize("preset, upsampling", [("report", "shuffle"), ("paper", "shuffle"), ("sharp", "shuffle"),
+                                                ("sharp", "blur"), ("sharp", "resize")])
 @pytest.mark.parametrize("scale", [2, 4, 8])
-def test_receptive_radius(preset, scale):
+def test_receptive_radius(preset, upsampling, scale):
     """Which LR pixels a pixel of SR depends on, by its gradient: none beyond the radius, some not far inside it."""
-    setting = config(preset, scale=scale, channels=4, residual_blocks=2)
+    setting = config(preset, scale=scale, channels=4, residual_blocks=2, upsampling=upsampling)
     torch.manual_seed(0)
     generator = srgan.Generator(setting).eval()
     radius, side = srgan.receptive_radius(setting), 41
