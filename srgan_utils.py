@@ -1971,14 +1971,18 @@ def sharpness(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 def flat_energy(sr: Tensor, hr: Tensor) -> Tensor:
-    """`sharpness` in the flattest tenth of HR's blocks of 8 x 8 px alone, (N,): above 1, noise or a pattern was added there."""
+    """`sharpness` in the flattest tenth of HR's blocks of 8 x 8 px alone, (N,): above 1, noise or a pattern was added there.
+
+    HR's energy counts as that of 8-bit rounding at least, so that a wall without any does not make a level of noise infinite.
+    """
     def energies(images):
         blocks = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, images.shape[1], 8, 8)
         return _gradient_energy(blocks).view(len(images), -1)  # (N, blocks)
 
     wanted = energies(hr)
     flattest = wanted.topk(max(1, wanted.shape[1] // 10), largest=False).indices
-    return energies(sr).gather(1, flattest).sum(1) / wanted.gather(1, flattest).sum(1).clamp_min(1e-12)
+    rounding = 4 / (12 * 255 ** 2)  # each of the two differences is of two values, rounded with a variance of 1/12 of a level
+    return energies(sr).gather(1, flattest).mean(1) / wanted.gather(1, flattest).mean(1).clamp_min(rounding)
 
 
 def detail_correlation(sr: Tensor, plain: Tensor, hr: Tensor) -> Tensor:

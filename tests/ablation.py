@@ -36,9 +36,8 @@ def rows() -> dict[str, dict]:
         "without the ramp": {"ramp_steps": 0},
         "without feature matching": {"content": "pixel", "content_weight": 1.0},
         "relativistic": {"adversarial": "relativistic"},
-        "adversarial weight x 2": {"adversarial_weight": 2 * srgan.Config().adversarial_weight},
-        "adversarial weight x 4": {"adversarial_weight": 4 * srgan.Config().adversarial_weight},
-    }
+    } | {f"blur, adversarial weight {weight}": {"upsampling": "blur", "adversarial_weight": weight}
+         for weight in (0.02, 0.08, 0.15)}
 
 
 def measured(store: srgan.FaceStore, folder: Path, changes: dict) -> dict:

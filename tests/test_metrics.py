@@ -153,12 +153,14 @@ def test_flat_field(scale):
 
 def test_flat_energy_by_hand():
     """Ten blocks of 8 x 8 px, each a slope across, steeper from block to block: the first is the flattest tenth."""
-    slopes = torch.arange(1, 11).repeat_interleave(8) / 1000
+    slopes = torch.arange(1, 11).repeat_interleave(8) / 250
     hr = slopes.cumsum(0).expand(1, 3, 8, 80)
-    grid = 0.002 * (torch.arange(8)[:, None] % 2).expand(1, 3, 8, 80)
-    # 0.001 from column to column there, and the grid adds 0.002 from row to row
-    assert srgan.flat_energy(hr + grid, hr).item() == pytest.approx(1 + 0.002 ** 2 / 0.001 ** 2, rel=1e-3)
-    assert srgan.flat_energy(hr, hr).item() == pytest.approx(1)
+    grid = 0.008 * (torch.arange(8)[:, None] % 2).expand(1, 3, 8, 80)
+    # 0.004 from column to column there, and the grid adds 0.008 from row to row
+    assert srgan.flat_energy(hr + grid, hr).item() == pytest.approx(1 + 0.008 ** 2 / 0.004 ** 2, rel=1e-3)
+    assert srgan.flat_energy(hr, hr).item() == pytest.approx(1, rel=1e-3)
+    # without any energy of its own, HR counts as rounded: 4 twelfths of a level squared
+    assert srgan.flat_energy(hr * 0 + grid, hr * 0).item() == pytest.approx((0.008 * 255) ** 2 * 3, rel=1e-3)
 
 
 def test_detail_correlation():
