@@ -2946,8 +2946,9 @@ def _require_same_run(place: Path, record: dict, store: FaceStore, config: Confi
     if record.get("store") != store.fingerprint:
         raise ValueError(f"{place} was trained on other faces than those in {store.folder}: name the store it began with, "
                          "or another folder")
+    defaults = asdict(Config())  # what a run of before a field was there has of it
     for name, value in asdict(config).items():
-        old = record["config"].get(name)
+        old = record["config"].get(name, defaults[name])
         if name not in _FREE_TO_CHANGE and (type(old) not in (int, float, str, bool, type(None)) or value != old):
             old, value = (_shown(each).strip("'") for each in (old, value))
             raise ValueError(f"{place} was started with {name}={old}, not {value}: start a new run in another folder")

@@ -216,8 +216,9 @@ def train_row(args, preset: str, batch: int, place: Path) -> dict:
         print(f"  {name:<30} {1 / middle:8.3f} updates/s ({1 / high:.3f} to {1 / low:.3f}), {batch / middle:8.2f} images/s, "
               f"peak memory {memory[name] / 1e9:.1f} GB")
     print("  time goes into " + ", ".join(f"{key} {share:.0%}" for key, share in goes), flush=True)
-    for name in args.without:
-        if name == "frozen VGG19" and config.content != "vgg" or name == "losses fetched seldom" and device.type == "cpu":
+    there = [name for name in MEASURES if device.type == "cuda" or name not in ("losses fetched seldom", "eager")]
+    for name in there if args.without is None else args.without:
+        if name == "frozen VGG19" and config.content != "vgg":
             continue
         pair = {"ours": our_way(config, folder, device), name: our_way(config, folder, device, name)}
         both = measured(pair, args.rounds, args.seconds, device)
@@ -530,7 +531,8 @@ def main() -> None:
     commands["train"].add_argument("--preset", nargs="+", default=["report"], choices=["report", "sharp"])
     commands["train"].add_argument("--hr-size", type=int, help="default: the preset's")
     commands["train"].add_argument("--batch", type=int, nargs="+", default=[4])
-    commands["train"].add_argument("--without", nargs="*", metavar="MEASURE", default=list(MEASURES), help=", ".join(MEASURES))
+    commands["train"].add_argument("--without", nargs="*", metavar="MEASURE",
+                                   help=f"default: all that are in use; {', '.join(MEASURES)} (which stands for torch.compile)")
     commands["data"].add_argument("--faces", metavar="FOLDER", help="JPEGs; default: drawn ones")
     commands["data"].add_argument("--photos", type=int, default=3000, help="about how many are prepared (copies, if need be)")
     commands["backup"].add_argument("--seconds", type=float, default=120, help="what the copy of 1.7 GB takes")

@@ -328,6 +328,24 @@ def test_a_stopped_run_ends_like_one_never_stopped(store, tmp_path, whole, stop,
     assert_same_run(folder, whole)
 
 
+def test_a_run_of_before_a_field_was_there_continues(store, tmp_path):
+    """With that field's default; another value would make it another run."""
+    changes = LONG | {"pretrain_steps": 2, "steps": 2}
+    stop_by = iter(srgan.train(store, tmp_path / "run", "sharp", changes))
+    next(stop_by)
+    stop_by.close()
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved = newest(tmp_path / "run")
+    for config in (record["config"], saved["config"]):
+        del config["upsampling"], config["compile"]
+    del record["sha256"], saved["format"]
+    (tmp_path / "run" / "config.json").write_bytes(srgan._sealed(record))
+    srgan.save_checkpoint(tmp_path / "run" / "ckpt", saved)
+    with pytest.raises(ValueError, match="started with upsampling=shuffle, not blur"):
+        next(srgan.train(store, tmp_path / "run", None, {"upsampling": "blur"}))
+    assert run(store, tmp_path / "run")[-1].step == 4
+
+
 def test_batch_norm_goes_on_learning_after_the_change_of_stage(store, tmp_path):
     """Without a moving average, what is measured then is the network that is trained."""
     changes = LONG | {"ema": 0.0, "batch_norm": 0.1}
@@ -604,5 +622,5 @@ def test_when_compiling_pays(store, tmp_path):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     long, short = (srgan.Config(pretrain_steps=steps, steps=10_000) for steps in (10_000, 9_999))
     assert srgan._compile_pays(long, gpu) and not srgan._compile_pays(short, gpu) and not srgan._compile_pays(long, cpu)
-    next(srgan.train(store, tmp_path, None, TINY)).step
+    next(srgan.train(store, tmp_path, None, TINY))
     assert json.loads((tmp_path / "config.json").read_text())["config"]["compile"] is False  # decided, and recorded
