@@ -181,7 +181,7 @@ class Config:
     kernel_size: int = 3              # of the first and the last convolution
     batch_norm: float = 0.0           # momentum of BatchNorm; 0: none (a dense discriminator then keeps 0.1)
     shared_upsampling: bool = False   # one up-sampling block applied log2(scale) times, as the report did
-    upsampling: str = "shuffle"       # shuffle; blur: smoothed after it; or resize: nearest pixels, then a convolution
+    upsampling: str = "blur"          # shuffle; blur: smoothed after it; or resize: nearest pixels, then a convolution
     icnr: bool = True                 # start the pixel shuffle free of checkerboard (arXiv:1707.02937)
     skip: bool = True                 # the network adds detail to a bicubic enlargement
     output: str = "linear"            # report: 2.38 tanh + 0.26, ImageNet-normalised; tanh: [0, 1]
@@ -198,7 +198,7 @@ class Config:
     vgg_layers: int = 35              # how many of VGG19's layers: 35 ends at conv5_4 before its ReLU
     vgg_rescale: float = 12.75        # VGG features are divided by it (§3.2)
     adversarial: str = "least_squares"
-    adversarial_weight: float = 5e-3
+    adversarial_weight: float = 0.1
     ramp_steps: int = 500             # adversarial updates over which that weight grows from 0
 
     # Optimiser: Adam, both networks
@@ -254,6 +254,11 @@ class Config:
                 raise ValueError(f"there is no field {_shown(name)}: {_suggest(name, names)}")
         return cls(**values)
 
+    @classmethod
+    def recorded(cls, values: dict) -> Config:
+        """A Config from what a run or a file says of itself: a field that it lacks is younger than it is."""
+        return cls.from_dict({"upsampling": "shuffle", "compile": False} | values)
+
     @property
     def patch(self) -> int:
         """Side of the HR square that one update sees, px: a patch larger than `hr_size` means `hr_size`."""
@@ -291,7 +296,7 @@ def _parsed(text: str):
 
 # The report's discriminator and data, which the paper's preset shares where the report followed the paper
 _FIG4 = dict(
-    kernel_size=9, icnr=False, skip=False, discriminator="dense", pixel_weight=0.0, content="vgg",
+    kernel_size=9, upsampling="shuffle", icnr=False, skip=False, discriminator="dense", pixel_weight=0.0, content="vgg",
     content_weight=1.0, adversarial_weight=1e-3, ramp_steps=0, warmup_steps=0, decay="none", ema=0.0,
 )
 PRESETS = {
@@ -1700,7 +1705,8 @@ class UpsampleBlock(nn.Module):
 
     shuffle  conv to four times the channels, pixel shuffle (§2.1.1): each of the four phases of its output has filters of
              its own, and where these differ there is a checkerboard
-    blur     the same, then the kernel (1 2 1) x (1 2 1) / 16, which no pattern of period 2 passes (Sugawara et al. 2019)
+    blur     the same, then each pixel is the mean of itself, its left, its upper and its upper left neighbour: no pattern of
+             period 2 passes (Sugawara et al. 2019)
     resize   nearest pixels, then conv: flat stays flat (Odena et al. 2016, distill.pub/2016/deconv-checkerboard)
     """
 
@@ -1718,7 +1724,9 @@ class UpsampleBlock(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = self.activation(self.shuffle(self.conv(x)))  # (N, C, h, w) -> (N, C, 2h, 2w)
         if self.kind == "blur":
-            x = F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 2, stride=1), 2, stride=1)
+            # as a convolution of each channel alone: padding and pooling take three times as long on a CPU
+            box = F.pad(x.new_full((x.shape[1], 1, 2, 2), 0.25), (0, 1, 0, 1))
+            x = F.conv2d(x, box, padding=1, groups=x.shape[1])
         return x
 
 
@@ -2330,7 +2338,7 @@ def load_generator(path: str | Path, scale: int | None = None) -> tuple[Generato
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from None
     _check_format(about, _FORMAT, path)
-    config = Config.from_dict(about["config"])
+    config = Config.recorded(about["config"])
     if scale not in (None, config.scale):
         raise ValueError(f"{path} is a network for {config.scale}x, not {scale}x: use --scale {config.scale} or other weights")
     with torch.device("meta"):  # no memory for weights that the file may not hold
@@ -2946,9 +2954,9 @@ def _require_same_run(place: Path, record: dict, store: FaceStore, config: Confi
     if record.get("store") != store.fingerprint:
         raise ValueError(f"{place} was trained on other faces than those in {store.folder}: name the store it began with, "
                          "or another folder")
-    defaults = asdict(Config())  # what a run of before a field was there has of it
+    younger = asdict(Config.recorded({}))  # what a run of before a field was there has of it
     for name, value in asdict(config).items():
-        old = record["config"].get(name, defaults[name])
+        old = record["config"].get(name, younger[name])
         if name not in _FREE_TO_CHANGE and (type(old) not in (int, float, str, bool, type(None)) or value != old):
             old, value = (_shown(each).strip("'") for each in (old, value))
             raise ValueError(f"{place} was started with {name}={old}, not {value}: start a new run in another folder")
@@ -2961,7 +2969,7 @@ def _open_run(folder: Path, record: dict | None, store: FaceStore, preset: str |
     if record:
         given = changes if preset is None else {"preset_name": preset} | changes
         old = record.get("config")
-        config = Config.from_dict((old if isinstance(old, dict) else {}) | given).for_faces(len(store.indices("train")))
+        config = Config.recorded((old if isinstance(old, dict) else {}) | given).for_faces(len(store.indices("train")))
         _require_same_run(folder, record, store, config)
         if for_minutes:
             notes.append(f"the run keeps its own length, {config.total_steps} updates; --for-minutes sets that of new runs only")

@@ -330,7 +330,7 @@ def test_a_stopped_run_ends_like_one_never_stopped(store, tmp_path, whole, stop,
 
 def test_a_run_of_before_a_field_was_there_continues(store, tmp_path):
     """With that field's default; another value would make it another run."""
-    changes = LONG | {"pretrain_steps": 2, "steps": 2}
+    changes = LONG | {"pretrain_steps": 2, "steps": 2, "upsampling": "shuffle"}
     stop_by = iter(srgan.train(store, tmp_path / "run", "sharp", changes))
     next(stop_by)
     stop_by.close()
