@@ -80,13 +80,14 @@ __all__ = [
     "checkerboard_index", "flat_field",
     "save_checkpoint", "load_checkpoint", "newest_checkpoint", "Backup",            # 8
     "export_generator", "load_generator", "interpolate_generators",
-    "find_generator",
+    "find_generator", "find_parent",
     "upscale",                                                                      # 9
     "evaluate", "summarise", "results_table",                                       # 10
-    "show_images", "comparison_figure", "image_strip", "scores_figure",             # 11
-    "history_figure",
+    "show_images", "comparison_figure", "stages_figure", "image_strip",             # 11
+    "scores_figure", "history_figure",
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
-    "update_ema", "Progress", "run_name", "train",
+    "update_ema", "Progress", "run_name", "train", "reproduce_report",
+    "stages_table",
     "show_source", "shape_walk", "progress_bar", "Dashboard", "uploaded_files",     # 13
     "upload_images",
     "main",                                                                         # 14
@@ -2300,8 +2301,8 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
     return digest.hexdigest()
 
 
-def _shipped_weights(scale: int, parent: bool = False) -> Path:
-    return Path(__file__).parent / "weights" / f"srgan-x{scale}{'-pixel' if parent else ''}.safetensors"
+def _shipped_weights(scale: int) -> Path:
+    return Path(__file__).parent / "weights" / f"srgan-x{scale}.safetensors"
 
 
 def export_generator(path: str | Path, generator: Generator, config: Config, **about) -> None:
@@ -2380,6 +2381,13 @@ def find_generator(scale: int, *folders: str | Path) -> Path | None:
             return path
     shipped = _shipped_weights(scale)
     return shipped if shipped.exists() else None
+
+
+def find_parent(path: str | Path) -> Path | None:
+    """The pixel-loss parent of the generator in `path`, where it is kept beside it; None if it is not."""
+    path = Path(path)
+    parent = path.with_name("pretrained.safetensors" if path.stem == "generator" else f"{path.stem}-pixel.safetensors")
+    return parent if parent.exists() else None
 
 
 # -----------------------------------------------------------------------------
@@ -2590,6 +2598,35 @@ def comparison_figure(generator: Generator, config: Config, faces: Tensor, label
             ax.imshow(image, interpolation="nearest", vmin=0, vmax=255)
             ax.set(xticks=[], yticks=[], title=title if row == 0 else "")
             ax.set_xlabel("{:.2f} dB, SSIM {:.3f}".format(*next(scores)) if scores else " ")
+    return figure
+
+
+@torch.no_grad()
+def stages_figure(stages: dict[str, Generator], config: Config, faces: Tensor, note: str = ""):
+    """What each of several generators, of one scale, makes of stored faces, uint8 (N, 3, 178, 178): a matplotlib Figure.
+
+    LR and bicubic first, HR last; below each face a quarter of its side, four times as large, where a checkerboard shows.
+    Under them PSNR (RGB) and checkerboard index of that face. `config` says the view (crop, hr_size); `note` stands at the
+    foot.
+    """
+    lr, hr = make_pair(faces, config)
+    panels = {f"LR, {lr.shape[-1]} px": F.interpolate(lr, size=hr.shape[-2:], mode="nearest"),
+              "bicubic": quantise(bicubic(lr, config.hr_size))}
+    panels |= {name: quantise(network.cpu().eval()(lr)) for name, network in stages.items()} | {"HR": hr}
+    part, edge = slice(3 * config.hr_size // 8, 5 * config.hr_size // 8), slice(config.scale, -config.scale)
+    figure = _figure(2.4 * len(panels), 5.1 * len(faces) + 0.3 * bool(note))
+    axes = figure.subplots(2 * len(faces), len(panels), squeeze=False)
+    for column, (name, images) in enumerate(panels.items()):
+        inner, truth = images[..., edge, edge], hr[..., edge, edge]
+        whole, zoomed = (_to_pixels(each) for each in (images, images[..., part, part]))
+        for row, (near, index) in enumerate(zip(psnr(inner, truth).tolist(), checkerboard_index(inner).tolist())):
+            for ax, pixels in zip(axes[2 * row:2 * row + 2, column], (whole[row], zoomed[row])):
+                ax.imshow(pixels, interpolation="nearest", vmin=0, vmax=255)
+                ax.set(xticks=[], yticks=[])
+            axes[2 * row, column].set_title(name if row == 0 else "")
+            distance = "" if name == "HR" else f"{near:.2f} dB, "
+            axes[2 * row + 1, column].set_xlabel(f"{distance}index {index:.2f}" if column else " ")
+    figure.supxlabel(note, fontsize=9)
     return figure
 
 
@@ -3297,6 +3334,83 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
                 raise ValueError(f"{folder} is trained by a newer call of train()")
 
 
+# --- The report, reproduced
+
+_FIRST_BATCHES = 10  # after which the report showed its first panels
+
+
+def _report_stages(config: Config, faces: int) -> dict[str, int]:
+    """After how many updates the report looked at its faces: the first batches, then each epoch."""
+    total, epoch = config.for_faces(faces).steps, math.ceil(faces / config.batch_size)
+    ends = [*range(epoch, total, epoch), total]
+    first = {f"{_FIRST_BATCHES} batches": _FIRST_BATCHES} if ends[0] > _FIRST_BATCHES else {}
+    return first | {f"epoch {end // epoch}" if end % epoch == 0 else f"{end} batches": end for end in ends}
+
+
+def _minutes_until(run: Path, update: int) -> float:
+    """How long the run in `run` had trained when it had done `update` updates."""
+    with open(run / "history.csv", newline="", encoding="utf-8") as file:
+        return next(float(row["seconds"]) / 60 for row in csv.DictReader(file) if int(row["step"]) == update)
+
+
+def _write_reproduction(folder: Path, store: FaceStore, config: Config, kept: dict[str, tuple[Path, float]]) -> None:
+    """stages.png and stages.json: the networks whose files and minutes `kept` has, on test faces in the view of `config`."""
+    networks, table, test = {}, [], store.indices("test")
+    for name, (path, minutes) in kept.items():
+        networks[name], _, about = load_generator(path)
+        rows = evaluate(networks[name].to(pick_device()), config, store, test[:200])
+        table.append({"stage": name, "update": about["update"], "minutes": round(minutes, 2)}
+                     | summarise(rows, config, "test"))
+    notes = {"imagenet": "", "random": "report: VGG19 with random weights, not ImageNet's, so this is not quite the report"}
+    note = notes.get(config.vgg, f"report: VGG19 weights from {config.vgg}")
+    if config.content != "vgg":
+        note = f"report: content={config.content} in place of VGG19, so this is not the report"
+    _write_atomically(folder / "stages.json", (json.dumps({"note": note, "stages": table}, indent=1) + "\n").encode())
+    stages_figure(networks, config, store.faces(test[:2]), note).savefig(folder / "stages.png", dpi=100)
+
+
+def reproduce_report(store: FaceStore, folder: str | Path, changes: dict | None = None) -> Iterator[Progress]:
+    """Train the preset `report` with `changes` (scale, epochs, vgg, ...), then `sharp` in the report's view for as long;
+    yields what `train` does.
+
+    In `folder`: the runs, the report's generators after the first 10 batches and after each epoch, and at the end
+    `stages.png` (see `stages_figure`) and `stages.json` (means over up to 200 test faces; see `stages_table`). Stopped, it
+    continues; more epochs lengthen it.
+    """
+    folder, kept = Path(folder), {}
+    config = Config.preset("report", **(changes or {}))
+    stages = _report_stages(config, len(store.indices("train")))
+    fixed = {name: value for name, value in (changes or {}).items() if name != "epochs"}
+    for name, steps in stages.items():
+        path = folder / f"report-{steps:06}.safetensors"
+        if not path.exists() or steps == max(stages.values()):  # the last one checks that it is the same run
+            yield from train(store, folder / "report", "report", fixed | {"steps": steps})
+        if not path.exists():
+            shutil.copyfile(folder / "report" / "generator.safetensors", path)
+        kept[f"report, {name}"] = path, _minutes_until(folder / "report", steps)
+    run, view = folder / f"sharp-{steps:06}", {"scale": config.scale, "crop": config.crop, "hr_size": config.hr_size}
+    for event in train(store, run, "sharp", view, for_minutes=kept[f"report, {name}"][1]):
+        yield event
+    kept["sharp"] = run / "generator.safetensors", _minutes_until(run, event.total)
+    _write_reproduction(folder, store, config, kept)
+
+
+def stages_table(folder: str | Path) -> str:
+    """What `reproduce_report` left in `folder`, as a table for people."""
+    found = json.loads((Path(folder) / "stages.json").read_text(encoding="utf-8"))
+    last = found["stages"][-1]
+    lines = [f"{last['images']} test faces at {last['scale']}x, {last['crop']} -> {last['hr_size']} px. {found['note']}".rstrip(),
+             f"{'':18}{'updates':>8}{'minutes':>9}{'PSNR RGB':>10}{'SSIM RGB':>10}{'sharpness':>11}{'checkerboard':>14}"]
+    rows = [("bicubic", "", "", last["bicubic"])]
+    rows += [(each["stage"], each["update"], f"{each['minutes']:.1f}", each["srgan"]) for each in found["stages"]]
+    columns = (("psnr_rgb", 10, 2), ("ssim_rgb", 10, 3), ("sharpness", 11, 3), ("checkerboard", 14, 3))
+    for name, update, minutes, scores in [*rows, ("HR", "", "", last["hr"])]:
+        cells = [(scores.get(metric), width, digits) for metric, width, digits in columns]
+        lines.append(f"{name:18}{update:>8}{minutes:>9}" + "".join(
+            " " * width if value is None else f"{value:{width}.{digits}f}" for value, width, digits in cells))
+    return "\n".join(lines)
+
+
 # -----------------------------------------------------------------------------
 # 13. Notebook aids
 # -----------------------------------------------------------------------------
@@ -3451,34 +3565,35 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _chosen_weights(args: argparse.Namespace, scale: int | None) -> tuple[Path, Path | None]:
-    """The files that --run, --weights or --scale (the shipped weights) names: the generator, and its pixel-loss parent."""
+def _chosen_weights(args: argparse.Namespace, scale: int | None) -> Path:
+    """The file that --run, --weights or --scale (the shipped weights) names."""
     if args.run and args.weights:
         raise ValueError("give --run or --weights, not both")
     if args.run:
         path = Path(args.run) / "generator.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"{args.run} holds no generator.safetensors: train it first, or name another run")
-        return path, Path(args.run) / "pretrained.safetensors"
+        return path
     if args.weights:
-        return Path(args.weights), None
+        return Path(args.weights)
     path = _shipped_weights(scale or 4)
     if not path.exists():
         raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x: train a run and give --run DIR, "
                                 "or give --weights FILE")
-    return path, _shipped_weights(scale or 4, parent=True)
+    return path
 
 
 def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]:
     """The generator that the options name, as sharp as --blend says, and where it came from."""
     scale = None if args.scale is None else _checked("scale", "int", _parsed(args.scale))
-    path, parent = _chosen_weights(args, scale)
+    path = _chosen_weights(args, scale)
     generator, config, _ = load_generator(path, scale)
     if args.blend is not None:
         amount = _parsed(args.blend)
         if type(amount) not in (int, float) or not 0 <= amount <= 1:
             raise ValueError(f"--blend {args.blend}: give a number from 0 (faithful) to 1 (sharp)")
-        if parent is None or not parent.exists():
+        parent = find_parent(path)
+        if parent is None:
             raise FileNotFoundError(f"--blend needs the pixel-loss parent of {path}, which is not there: leave it out, "
                                     "or give a run that was pre-trained")
         generator = interpolate_generators(load_generator(parent, scale)[0], generator, amount)
@@ -3553,7 +3668,11 @@ def _compare_command(args: argparse.Namespace) -> None:
     print(f"weights: {path}")
     view_config = replace(config, **view)
     print(results_table(_write_comparison(store, generator, view_config, folder, args.split, count, args.lpips, args.errors)))
-    print(f"{folder / 'panels.png'}, scores.png, metrics.csv and metrics.json are written")
+    files = "panels.png, scores.png, metrics.csv and metrics.json"
+    if args.run and (Path(args.run) / "history.csv").exists():
+        history_figure(Path(args.run) / "history.csv").savefig(folder / "curves.png", dpi=100)
+        files = f"curves.png, {files}"
+    print(f"in {folder}: {files}")
 
 
 def _upscale_file(path: Path, target: Path, generator: Generator, config: Config) -> None:
@@ -3597,6 +3716,18 @@ def _upscale_command(args: argparse.Namespace) -> None:
         raise ValueError(f"{len(failed)} of {len(targets)} images could not be enlarged: {'; '.join(failed)}")
 
 
+def _report_command(args: argparse.Namespace) -> None:
+    scales = [_checked("scale", "int", _parsed(text)) for text in args.scales]
+    changes, store, folder = _given(args), FaceStore(args.store), _writable(Path(args.out))
+    if args.epochs is not None:
+        changes["epochs"] = _number("epochs", args.epochs)
+    for scale in scales:
+        place = folder / f"x{scale}"
+        for _ in progress_bar(reproduce_report(store, place, changes | {"scale": scale})):
+            pass
+        print(f"{stages_table(place)}\n{place / 'stages.png'} shows it\n")
+
+
 def _demo_command(args: argparse.Namespace) -> None:
     folder = _writable(Path(args.out))
     began = time.perf_counter()
@@ -3628,6 +3759,11 @@ def _parser() -> argparse.ArgumentParser:
     train_.add_argument("--for-minutes", metavar="M", help="set a new run's length to fit")
     compare = commands.add_parser("compare", help="LR, bicubic, SRGAN, HR: panels and metrics")
     compare.add_argument("--store", required=True, metavar="DIR")
+    report = commands.add_parser("report", help="reproduce the course report, beside `sharp` trained for as long")
+    report.add_argument("--store", required=True, metavar="DIR")
+    report.add_argument("--out", required=True, metavar="DIR")
+    report.add_argument("--scales", nargs="+", default=["4", "8"], metavar="S", help="default: 4 8")
+    report.add_argument("--epochs", metavar="N", help="default: the report's 3")
     upscale_ = commands.add_parser("upscale", help="enlarge photos")
     upscale_.add_argument("images", nargs="+", metavar="IMAGE")
     for command in (compare, upscale_):
@@ -3639,6 +3775,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--split", default="test", metavar="test|all")
     compare.add_argument("--count", metavar="N", help="faces to measure")
     compare.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE", help="crop=..., hr_size=...")
+    report.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE", help="vgg=random, say")
     compare.add_argument("--lpips", action="store_true", help="also LPIPS (downloads its network)")
     compare.add_argument("--errors", action="store_true", help="a fifth panel: the difference to HR")
     return parser
@@ -3647,7 +3784,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 130 if interrupted; 2 after one line on standard error that says what to do."""
     commands = {"demo": _demo_command, "prepare": _prepare_command, "train": _train_command, "compare": _compare_command,
-                "upscale": _upscale_command}
+                "report": _report_command, "upscale": _upscale_command}
     warnings.filterwarnings("ignore", module="PIL")  # a file at fault is named in a line of its own
     try:
         args = _parser().parse_args(argv)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -54,9 +55,9 @@ def photo(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_run) -> Path:
-    """The tiny 4x generator."""
-    return tiny_run / "generator.safetensors"
+def weights(tiny_run, tmp_path_factory) -> Path:
+    """The tiny 4x generator, apart from its run."""
+    return Path(shutil.copy(tiny_run / "generator.safetensors", tmp_path_factory.mktemp("weights")))
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_prepare_train_compare_upscale(tmp_path, photo, capsys):
             mean = np.mean([float(row[f"{method}_{name}"]) for row in rows])
             assert metrics[method][name] == (pytest.approx(mean, abs=2e-5) if np.isfinite(mean) else None)
     assert f"{metrics['bicubic']['psnr_rgb']:.2f}" in table
-    assert Image.open(out / "panels.png").size[0] > 300
+    assert Image.open(out / "panels.png").size[0] > 300 and Image.open(out / "curves.png").size[0] > 300
 
     assert "photo-x2.png" in done(capsys, "upscale", photo, "--out", out, "--run", run)
     assert Image.open(out / "photo-x2.png").size == (26, 18)
@@ -117,7 +118,16 @@ def test_blend_goes_from_the_pixel_loss_parent_to_the_final_generator(store, tin
     ends = [compared("--weights", tiny_run / f"{name}.safetensors") for name in ("pretrained", "generator")]
     assert ends[0] != ends[1]
     assert [compared("--run", tiny_run, "--blend", amount) for amount in ("0", "1.0")] == ends
-    assert compared("--run", tiny_run, "--blend", "0.5") not in ends
+    between = compared("--run", tiny_run, "--blend", "0.5")
+    assert between not in ends and compared("--weights", tiny_run / "generator.safetensors", "--blend", "0.5") == between
+
+
+def test_the_parent_is_found_beside_a_generator(tmp_path):
+    for name in ("generator", "pretrained", "srgan-x8", "srgan-x8-pixel", "alone"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    parents = {name: srgan.find_parent(tmp_path / f"{name}.safetensors") for name in ("generator", "srgan-x8", "alone")}
+    assert {name: parent and parent.stem for name, parent in parents.items()} == {
+        "generator": "pretrained", "srgan-x8": "srgan-x8-pixel", "alone": None}
 
 
 def test_the_error_panel_is_drawn_on_demand(store, weights, tmp_path, capsys):
@@ -126,6 +136,22 @@ def test_the_error_panel_is_drawn_on_demand(store, weights, tmp_path, capsys):
         done(capsys, "compare", "--store", store.folder, "--weights", weights, "--out", tmp_path, "--count", 1, *more)
         widths.append(Image.open(tmp_path / "panels.png").width)
     assert widths[1] == pytest.approx(widths[0] * 5 / 4, rel=0.01) and (tmp_path / "scores.png").exists()
+
+
+def test_report_makes_a_figure_and_a_table_for_each_scale(store, tmp_path, capsys):
+    told = done(capsys, "report", "--store", store.folder, "--out", tmp_path, "--scales", 2, 4, "--epochs", 0.1, "--set",
+                "hr_size=48", "channels=4", "residual_blocks=1", "content=pixel", "batch_size=2")
+    for scale in (2, 4):
+        assert srgan.stages_table(tmp_path / f"x{scale}") in told
+        assert Image.open(tmp_path / f"x{scale}" / "stages.png").width > 600
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--scales", "3"], "choose 2, 4, 8 or 16"), (["--epochs", "0"], "above 0"), (["--set", "vgg"], "FIELD=VALUE"),
+    (["--set", "chanels=4"], "did you mean 'channels'"), (["--set", "vgg=nowhere.pth"], "no such file"),
+])
+def test_bad_options_of_report(store, tmp_path, capsys, arguments, message):
+    assert message in refusal(capsys, "report", "--store", store.folder, "--out", tmp_path / "out", *arguments)
 
 
 def test_train_on_a_finished_run_does_nothing_more(store, tiny_run, capsys):

@@ -307,3 +307,23 @@ def test_interpolated_generators():
             torch.testing.assert_close(value, 0.75 * a + 0.25 * b)
     with pytest.raises(ValueError, match="different shapes"):
         srgan.interpolate_generators(faithful, network("report", residual_blocks=1)[0], 0.5)
+
+
+def test_stages_figure(measured, store):
+    """Each panel is what that network makes, with PSNR and index of just that image; the part below it is its middle."""
+    _, generator, config = measured
+    faces = store.faces([2, 5])
+    lr, hr = srgan.make_pair(faces, config)
+    figure = srgan.stages_figure({"first": generator, "last": generator}, config, faces, "a note")
+    axes = [figure.axes[row * 5:row * 5 + 5] for row in range(4)]
+    assert [ax.get_title() for ax in axes[0]] == ["LR, 16 px", "bicubic", "first", "last", "HR"]
+    with torch.no_grad():
+        sr = srgan.quantise(generator(lr))
+    for row in range(2):
+        whole, part = (np.asarray(axes[2 * row + below][3].images[0].get_array()) for below in (0, 1))
+        assert np.array_equal(whole, sr[row].mul(255).round().byte().permute(1, 2, 0).numpy())
+        assert np.array_equal(part, whole[24:40, 24:40])
+        inner, truth = sr[row:row + 1, :, 4:-4, 4:-4], hr[row:row + 1, :, 4:-4, 4:-4]
+        assert axes[2 * row + 1][3].get_xlabel() == (f"{srgan.psnr(inner, truth).item():.2f} dB, index "
+                                                     f"{srgan.checkerboard_index(inner).item():.2f}")
+    assert figure.get_supxlabel() == "a note"

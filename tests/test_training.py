@@ -624,3 +624,42 @@ def test_when_compiling_pays(store, tmp_path):
     assert srgan._compile_pays(long, gpu) and not srgan._compile_pays(short, gpu) and not srgan._compile_pays(long, cpu)
     next(srgan.train(store, tmp_path, None, TINY))
     assert json.loads((tmp_path / "config.json").read_text())["config"]["compile"] is False  # decided, and recorded
+
+
+# --- The report, reproduced
+
+
+@pytest.mark.parametrize("faces, epochs, stages", [
+    (20_000, 3.0, {"10 batches": 10, "epoch 1": 2_500, "epoch 2": 5_000, "epoch 3": 7_500}),
+    (100, 1.5, {"10 batches": 10, "epoch 1": 13, "19 batches": 19}),
+    (40, 2.0, {"epoch 1": 5, "epoch 2": 10}),
+])
+def test_when_the_report_looks_at_its_faces(faces, epochs, stages):
+    assert srgan._report_stages(srgan.Config.preset("report", epochs=epochs), faces) == stages
+
+
+def test_the_report_is_reproduced_and_goes_on_where_it_was_stopped(store, tmp_path):
+    changes = {"scale": 2, "hr_size": 48, "channels": 4, "residual_blocks": 1, "content": "pixel", "batch_size": 17,
+               "epochs": 1.0}
+    events = srgan.reproduce_report(store, tmp_path, changes)
+    next(events)
+    events.close()
+    assert not (tmp_path / "stages.json").exists()
+    steps = [event.step for event in srgan.reproduce_report(store, tmp_path, changes)]
+    assert steps[0] == 2 and not (tmp_path / "report-000004.safetensors").exists()  # 34 faces in two batches
+    first = (tmp_path / "report-000002.safetensors").read_bytes()
+    for _ in srgan.reproduce_report(store, tmp_path, changes | {"epochs": 2.0}):
+        pass
+    found = json.loads((tmp_path / "stages.json").read_text())
+    assert [(each["stage"], each["update"]) for each in found["stages"][:2]] == [("report, epoch 1", 2), ("report, epoch 2", 4)]
+    assert (tmp_path / "report-000002.safetensors").read_bytes() == first
+    assert "content=pixel" in found["note"] and (tmp_path / "stages.png").exists()
+    generator, config, _ = srgan.load_generator(tmp_path / "report-000004.safetensors")
+    rows = srgan.evaluate(generator, config, store, store.indices("test"))
+    assert found["stages"][1]["srgan"] == srgan.summarise(rows, config, "test")["srgan"]
+    sharp = srgan.load_generator(tmp_path / "sharp-000004" / "generator.safetensors")[1]
+    assert (sharp.preset_name, sharp.scale, sharp.crop, sharp.hr_size) == ("sharp", 2, 144, 48)  # the report's view
+    table = srgan.stages_table(tmp_path).splitlines()
+    assert "144 -> 48 px" in table[0] and f"{found['stages'][1]['srgan']['psnr_rgb']:.2f}" in table[4]
+    with pytest.raises(ValueError, match="started with channels=4, not 8"):
+        list(srgan.reproduce_report(store, tmp_path, changes | {"epochs": 2.0, "channels": 8}))
