@@ -2612,7 +2612,9 @@ def stages_figure(stages: dict[str, Generator], config: Config, faces: Tensor, n
     lr, hr = make_pair(faces, config)
     panels = {f"LR, {lr.shape[-1]} px": F.interpolate(lr, size=hr.shape[-2:], mode="nearest"),
               "bicubic": quantise(bicubic(lr, config.hr_size))}
-    panels |= {name: quantise(network.cpu().eval()(lr)) for name, network in stages.items()} | {"HR": hr}
+    for name, network in stages.items():
+        panels[name] = quantise(network.eval()(lr.to(next(network.parameters()).device)).cpu())
+    panels["HR"] = hr
     part, edge = slice(3 * config.hr_size // 8, 5 * config.hr_size // 8), slice(config.scale, -config.scale)
     figure = _figure(2.4 * len(panels), 5.1 * len(faces) + 0.3 * bool(note))
     axes = figure.subplots(2 * len(faces), len(panels), squeeze=False)
