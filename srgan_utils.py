@@ -1706,8 +1706,8 @@ class UpsampleBlock(nn.Module):
 
     shuffle  conv to four times the channels, pixel shuffle (§2.1.1): each of the four phases of its output has filters of
              its own, and where these differ there is a checkerboard
-    blur     the same, then each pixel is the mean of itself, its left, its upper and its upper left neighbour: no pattern of
-             period 2 passes (Sugawara et al. 2019)
+    blur     the same, then the kernel (1 2 1) x (1 2 1) / 16, which no pattern of period 2 passes (Sugawara et al. 2019);
+             the mean of 2 x 2 pixels would do, but it moves all by half a pixel, and diagonal scratches follow
     resize   nearest pixels, then conv: flat stays flat (Odena et al. 2016, distill.pub/2016/deconv-checkerboard)
     """
 
@@ -1725,9 +1725,9 @@ class UpsampleBlock(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = self.activation(self.shuffle(self.conv(x)))  # (N, C, h, w) -> (N, C, 2h, 2w)
         if self.kind == "blur":
-            # as a convolution of each channel alone: padding and pooling take three times as long on a CPU
-            box = F.pad(x.new_full((x.shape[1], 1, 2, 2), 0.25), (0, 1, 0, 1))
-            x = F.conv2d(x, box, padding=1, groups=x.shape[1])
+            box = x.new_full((1, 1, 2, 2), 0.25)  # made where x is: a copy to a GPU would make the host wait
+            binomial = F.conv2d(box, box, padding=1)
+            x = F.conv2d(x, binomial.expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
         return x
 
 

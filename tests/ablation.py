@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import srgan_utils as srgan
 
-BASE = {"scale": 8, "patch_size": 64, "batch_size": 8, "pretrain_steps": 1_000, "steps": 500, "ramp_steps": 100, "save_minutes": 5.0}
+BASE = {"scale": 8, "patch_size": 64, "batch_size": 8, "pretrain_steps": 1_000, "steps": 500, "ramp_steps": 100,
+        "save_minutes": 5.0}
 COLUMNS = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y", "sharpness", "checkerboard", "flat_energy", "detail_correlation", "flat")
 
 

@@ -221,9 +221,9 @@ def test_blur_and_resize_keep_flat_flat_whatever_the_weights(scale, upsampling):
     assert srgan.flat_field(generator.eval(), colours).max() < 0.01
 
 
-def test_the_blur_is_a_mean_of_four():
+def test_the_blur_is_binomial():
     block = srgan.UpsampleBlock(4, "blur")
-    x = torch.zeros(1, 4, 5, 5)
+    x, weights = torch.zeros(1, 4, 5, 5), torch.tensor([1.0, 2, 1])
     with torch.no_grad():
         block.conv.weight.zero_()
         block.conv.bias.zero_()
@@ -231,7 +231,7 @@ def test_the_blur_is_a_mean_of_four():
         x[0, 0, 2, 2] = 1.0
         sr = block(x)
     expected = torch.zeros(10, 10)
-    expected[4:6, 4:6] = 1 / 4
+    expected[3:6, 3:6] = torch.outer(weights, weights) / 16
     torch.testing.assert_close(sr[0, 0], expected)
     assert sr[0, 1:].abs().max() == 0
 
