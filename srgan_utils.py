@@ -317,7 +317,7 @@ PRESETS = {
     "sharp": {},
     # Minutes on two CPU cores
     "demo": dict(
-        hr_size=96, patch_size=48, channels=32, residual_blocks=4, pretrain_steps=1_600, steps=250,
+        hr_size=96, patch_size=48, channels=32, residual_blocks=4, pretrain_steps=1_600, steps=250, adversarial_weight=0.02,
         ramp_steps=100, warmup_steps=50, ema=0.99, batch_size=16, pretrain_learning_rate=1e-3,
         save_steps=500, sample_steps=200,
     ),

@@ -83,3 +83,29 @@ def test_parent_and_final_are_ends_of_one_slider(scale, drawn):
         middle = srgan.interpolate_generators(*ends, 0.5)(lr)
     distance = srgan.pixel_loss(faithful, sharp)
     assert 0 < srgan.pixel_loss(faithful, middle) < distance and 0 < srgan.pixel_loss(middle, sharp) < distance
+
+
+def test_compare_and_upscale_use_them_when_no_run_is_given_and_say_so(store, tmp_path, capsys):
+    assert srgan.main(["compare", "--store", str(store.folder), "--out", str(tmp_path), "--count", "1"]) == 0
+    assert f"weights: {shipped(4)}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["scale"] == 4
+    photo = tmp_path / "photo.png"
+    srgan.save_image(srgan.synthetic_face(0)[..., :20, :16], photo)
+    for options, used in (["--scale", "2"], shipped(2)), (["--scale", "8", "--blend", "0.5"], f"{shipped(8)} (--blend 0.5)"):
+        assert srgan.main(["upscale", str(photo), "--out", str(tmp_path), *options]) == 0
+        assert f"weights: {used}\n" in capsys.readouterr().out
+    assert srgan.load_image(tmp_path / "photo-x8.png").shape == (1, 3, 160, 128)
+
+
+def test_a_factor_without_weights_says_how_to_train_it(store, tmp_path, capsys):
+    assert srgan.main(["compare", "--store", str(store.folder), "--out", str(tmp_path), "--scale", "16"]) == 2
+    assert "no shipped weights for 16x: train a run" in capsys.readouterr().err
+
+
+def test_one_s_own_run_is_preferred_to_them(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(srgan, "workspace", lambda: tmp_path)
+    assert [srgan.find_generator(scale) for scale in (4, 16)] == [shipped(4), None]
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    own = tmp_path / "runs" / "mine" / "generator.safetensors"
+    own.write_bytes((tiny_run / "generator.safetensors").read_bytes())
+    assert [srgan.find_generator(scale) for scale in (2, 4)] == [shipped(2), own]
