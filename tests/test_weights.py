@@ -49,12 +49,11 @@ def test_the_header_says_what_it_is(scale, ending):
 
 @each_scale
 def test_they_enlarge_faces_that_are_drawn_better_than_bicubic(scale, drawn):
-    """By at least half of what was measured when they were shipped: a network that lost its weights adds noise."""
+    """By about half of what they gained when they were shipped: a network that lost its weights adds noise."""
     parent, config, _ = srgan.load_generator(shipped(scale, "-pixel"))
     final, _, _ = srgan.load_generator(shipped(scale))
-    wanted = {2: 1.0, 4: 1.0, 8: 1.0}[scale]
-    assert gain(parent, config, drawn) > wanted
-    assert gain(final, config, drawn) > 0
+    least = {2: (1.4, 1.1), 4: (0.9, 0.4), 8: (0.7, 0.4)}[scale]
+    assert gain(parent, config, drawn) > least[0] and gain(final, config, drawn) > least[1]
 
 
 @each_scale
