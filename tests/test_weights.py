@@ -42,6 +42,7 @@ def test_the_header_says_what_it_is(scale, ending):
     assert (config.preset_name, config.crop, config.hr_size) == ("sharp", 176, 176)
     assert {"config", "update", "data", "metrics", "commit", "licence", "environment"} <= about.keys()
     assert config.pretrain_steps <= about["update"] <= (config.pretrain_steps if ending else config.total_steps)
+    assert "portraits" in about["data"]["source"] and "/" not in about["data"]["source"]
     assert len(about["commit"]) == 40 and about["licence"] == "MIT"
     assert about["metrics"]["split"] == "test" and about["metrics"]["srgan"]["psnr_rgb"] > about["metrics"]["bicubic"]["psnr_rgb"]
     json.dumps(about, allow_nan=False)
