@@ -3171,7 +3171,8 @@ class _Run:
             rows = evaluate(self.state.best.eval(), config, self.store, self.store.indices("validation")[:32])
             about["validation"] = summarise(rows, config, "validation")
         export_generator(self.folder / f"{name}.safetensors", self.state.best, config, update=self.state.update, **about,
-                         data={"source": Path(self.store.title).name, "fingerprint": self.store.fingerprint}, environment=environment())
+                         data={"source": Path(self.store.title).name, "fingerprint": self.store.fingerprint},
+                         environment=environment())
 
     def draw(self) -> Path:
         network = self.state.best
