@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import contextlib
 import copy
 import csv
@@ -83,7 +84,7 @@ __all__ = [
     "find_generator", "find_parent",
     "upscale",                                                                      # 9
     "evaluate", "summarise", "results_table",                                       # 10
-    "show_images", "comparison_figure", "stages_figure", "image_strip",             # 11
+    "show_picture", "show_images", "comparison_figure", "stages_figure", "image_strip",             # 11
     "scores_figure", "history_figure",
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
     "update_ema", "Progress", "run_name", "train", "reproduce_report",
@@ -2546,24 +2547,38 @@ def results_table(summary: dict) -> str:
 # -----------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float):
-    """A matplotlib Figure, in inches, that notebooks show without pyplot and its global state."""
+def _img(png: bytes, alt: str, style: str = "max-width: 100%; background: white") -> str:
+    """An HTML <img> that holds its own pixels, with alternative text for those who cannot see it."""
+    return f'<img alt="{html.escape(alt)}" style="{style}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def show_picture(file: str | Path, alt: str):
+    """The PNG in `file` for display in a notebook, with the alternative text `alt`."""
+    from IPython.display import HTML
+
+    return HTML(_img(Path(file).read_bytes(), alt))
+
+
+def _figure(width: float, height: float, alt: str):
+    """A matplotlib Figure, in inches, that notebooks show without pyplot and its global state, with `alt` for screen readers."""
     from matplotlib.figure import Figure
 
-    def as_png() -> bytes:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        return buffer.getvalue()
-
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure._repr_png_ = as_png
+    figure._repr_html_ = lambda: _img(_png(figure), alt)  # IPython's image/png has no alternative text
     return figure
 
 
 def show_images(images: Tensor | Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8, size: float = 1.6):
     """A matplotlib Figure of images, (N, 3, H, W) or N of (3, H, W) of any size, `size` inches each, on one range of colours."""
     rows = math.ceil(len(images) / columns)
-    figure = _figure(size * min(columns, len(images)), (size + 0.25 * bool(titles)) * rows)
+    alt = f"{len(images)} images{': ' * bool(titles)}{'; '.join(titles)}"
+    figure = _figure(size * min(columns, len(images)), (size + 0.25 * bool(titles)) * rows, alt)
     axes = figure.subplots(rows, min(columns, len(images)), squeeze=False).flat
     for ax, image, title in itertools.zip_longest(axes, images, titles):
         ax.axis("off")
@@ -2587,7 +2602,7 @@ def comparison_figure(generator: Generator, config: Config, faces: Tensor, label
     panels = (lr, plain, ours, hr)
     if errors:
         titles, panels = (*titles, "error, 4 times"), (*panels, (ours - hr).abs().mul(4).clamp(0, 1))
-    figure = _figure(3 * len(panels), 3.25 * len(faces))
+    figure = _figure(3 * len(panels), 3.25 * len(faces), f"{len(faces)} faces, each as {'; '.join(titles)}")
     axes = figure.subplots(len(faces), len(panels), squeeze=False)
     for column, (title, images) in enumerate(zip(titles, panels)):
         scores = None
@@ -2616,7 +2631,8 @@ def stages_figure(stages: dict[str, Generator], config: Config, faces: Tensor, n
         panels[name] = quantise(network.eval()(lr.to(next(network.parameters()).device)).cpu())
     panels["HR"] = hr
     part, edge = slice(3 * config.hr_size // 8, 5 * config.hr_size // 8), slice(config.scale, -config.scale)
-    figure = _figure(2.4 * len(panels), 5.1 * len(faces) + 0.3 * bool(note))
+    alt = f"{len(faces)} faces and a part of each enlarged, as {'; '.join(panels)}"
+    figure = _figure(2.4 * len(panels), 5.1 * len(faces) + 0.3 * bool(note), alt)
     axes = figure.subplots(2 * len(faces), len(panels), squeeze=False)
     for column, (name, images) in enumerate(panels.items()):
         inner, truth = images[..., edge, edge], hr[..., edge, edge]
@@ -2644,7 +2660,7 @@ def image_strip(generator: Generator, config: Config, faces: Tensor) -> Tensor:
 
 def scores_figure(rows: Sequence[dict]):
     """What `evaluate` found, a matplotlib Figure: a dot for each face and method, PSNR (RGB, dB) against sharpness."""
-    figure = _figure(6, 4)
+    figure = _figure(6, 4, f"PSNR against sharpness of {len(rows)} faces, bicubic and SRGAN")
     ax = figure.subplots()
     for method, label in (("bicubic", "bicubic"), ("srgan", "SRGAN")):
         ax.scatter(*([row[f"{method}_{metric}"] for row in rows] for metric in ("psnr_rgb", "sharpness")), s=14, label=label)
@@ -2658,7 +2674,7 @@ def history_figure(path: str | Path):
     """The losses of a run's history.csv, a matplotlib Figure: one panel for the generator, one for the discriminator."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    figure = _figure(12, 3)
+    figure = _figure(12, 3, "losses of the generator and of the discriminator over the updates")
     for ax, names in zip(figure.subplots(1, 2), (("pixel", "content", "adversarial"), ("d_loss", "d_real", "d_fake"))):
         for name in names:
             points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]

@@ -348,7 +348,8 @@ def test_one_upload_at_a_time(tmp_path, monkeypatch):
         under_way.remove(job)
 
     monkeypatch.setattr(srgan.Backup, "_copy", watched)
-    backups = [srgan.Backup(tmp_path / "b") for _ in range(3)]
+    # folders of their own: in one, an older session that comes second is refused, whichever of the threads that is
+    backups = [srgan.Backup(tmp_path / f"b{number}") for number in range(3)]
     for update, backup in enumerate(backups):
         backup.submit(checkpoint, update, [])
     for backup in backups:
