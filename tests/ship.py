@@ -1,7 +1,8 @@
-"""Turn a run into the weights that the project ships: `python tests/ship.py RUN --store FACES --data WORDS`.
+"""Turn a run into the weights that the project ships: `python tests/ship.py RUN --store FACES --data WORDS [--amount A]`.
 
 Writes weights/srgan-xS.safetensors and its pixel-loss parent, srgan-xS-pixel.safetensors, in half precision, with what they
-were trained with and what they reach on the test faces in their headers, and prints that.
+were trained with and what they reach on the test faces in their headers, and prints that. The final network is that of the
+run, or, with --amount above 1, one that goes so many times as far from its parent, in the same direction.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import srgan_utils as srgan
 ROOT = Path(srgan.__file__).parent
 
 
-def ship(source: Path, target: Path, store: srgan.FaceStore, data: str) -> None:
+def ship(source: Path, target: Path, store: srgan.FaceStore, data: str, amount: float = 1.0) -> None:
     generator, config, about = srgan.load_generator(source)
+    if amount != 1:
+        generator = srgan.interpolate_generators(srgan.load_generator(srgan.find_parent(source))[0], generator, amount)
     half = generator.half()
-    kept = {key: about[key] for key in ("update", "environment")} | {"data": about["data"] | {"source": data}}
-    commit = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
+    kept = {key: about[key] for key in ("update", "environment")} | {"data": about["data"] | {"source": data}, "amount": amount}
+    commit = about.get("commit") or subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
     srgan.export_generator(target, half, config)
     generator, _, _ = srgan.load_generator(target)  # as its users will have it
     metrics = srgan.summarise(srgan.evaluate(generator, config, store, store.indices("test")), config, "test")
@@ -33,12 +36,14 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--store", required=True)
     parser.add_argument("--data", required=True, help="what the faces are, for the header")
+    parser.add_argument("--amount", type=float, default=1.0, help="how far from its parent the final network goes (the run's own: 1)")
     args = parser.parse_args()
     store = srgan.FaceStore(args.store)
     _, config, _ = srgan.load_generator(args.run / "generator.safetensors")
     (ROOT / "weights").mkdir(exist_ok=True)
-    for name, ending in (("pretrained", "-pixel"), ("generator", "")):
-        ship(args.run / f"{name}.safetensors", ROOT / "weights" / f"srgan-x{config.scale}{ending}.safetensors", store, args.data)
+    for name, ending, amount in (("pretrained", "-pixel", 1.0), ("generator", "", args.amount)):
+        target = ROOT / "weights" / f"srgan-x{config.scale}{ending}.safetensors"
+        ship(args.run / f"{name}.safetensors", target, store, args.data, amount)
 
 
 if __name__ == "__main__":
