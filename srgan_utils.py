@@ -2503,7 +2503,7 @@ def enlarge(photo: Tensor, factor: float, weights: dict[int, str | Path] | None 
             raise FileNotFoundError(f"there is no network for {scale}x yet: train one in notebook 3 with scale = {scale} (or "
                                     f"python srgan_utils.py train --scale {scale}), or choose another factor")
         image = upscale(image, *blended_generator(path, scale, amount), progress=progress)
-    note = " network, then ".join(f"the {scale}x" for scale in scales) + " network"
+    note = " then ".join(f"{scale}x" for scale in scales) + " network"
     if image.shape[-2:] != size:
         image, note = quantise(bicubic(image, size)), f"{note}, reduced to {factor:g}x"
     return image, note
@@ -2738,8 +2738,8 @@ def factor_panels(picture: Tensor, factor: float, is_hr: bool = True, weights: d
 
     is_hr: the picture is the truth and is shrunk first, by 2, 4 or 8 (which may cost it some px on the right and below):
     LR, bicubic, SRGAN and HR, all (1, 3, H, W), with PSNR and SSIM (RGB, border of `factor` px removed) as captions.
-    Otherwise it is the LR, and three panels have no captions, since there is no truth. The other arguments, and the errors,
-    are those of `enlarge`; ValueError, too, if too little would be left to measure.
+    Otherwise it is the LR, and there are three panels without numbers, since there is no truth; the note is the caption of
+    SRGAN. The other arguments, and the errors, are those of `enlarge`; ValueError, too, if too little is left to measure.
     """
     lr, hr = picture, None
     if is_hr:
@@ -2755,7 +2755,7 @@ def factor_panels(picture: Tensor, factor: float, is_hr: bool = True, weights: d
     sr, note = enlarge(lr, factor, weights, amount, progress)
     size = sr.shape[-2:]
     panels = [(f"LR, {lr.shape[-1]} px", F.interpolate(lr, size=size, mode="nearest"), ""),
-              ("bicubic", quantise(bicubic(lr, size)), ""), (f"SRGAN {factor:g}x", sr, "")]
+              ("bicubic", quantise(bicubic(lr, size)), ""), (f"SRGAN {factor:g}x", sr, note)]
     if hr is None:
         return panels, note
     inner = (..., slice(factor, -factor), slice(factor, -factor))
@@ -2773,7 +2773,7 @@ def _part(image: Tensor, zoom: tuple[float, float]) -> Tensor:
     return image[..., y:y + size[0], x:x + size[1]]
 
 
-def panels_figure(rows: dict[str, list[tuple]], zoom: tuple[float, float] | None = (0.5, 0.4)):
+def panels_figure(rows: dict[str, list[tuple]], zoom: tuple[float, float] | None = (0.35, 0.35)):
     """Panels of `factor_panels`, a row for each name in `rows`, as a matplotlib Figure; below each, enlarged, a part: the same of
     all, a quarter of the side, `zoom` to the right and down (0 to 1). None: no parts."""
     from matplotlib.patches import Rectangle
@@ -2808,7 +2808,8 @@ def _image_png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-# The range input lies over the pictures, unseen: pointer, touch and keys are the browser's own business
+# The range input lies over the pictures, unseen: pointer, touch and keys are the browser's own business. The attribute
+# keeps JupyterLab from taking the arrow keys for its own.
 _BEFORE_AFTER = """<div class="srgan-cut" style="--cut: 50%; position: relative; width: {width}px; max-width: 100%; margin: 4px">
 <style>.srgan-cut:focus-within {{outline: 3px solid #1a73e8; outline-offset: 2px}}
 .srgan-cut span {{position: absolute; top: 4px; padding: 0 6px; background: #000b; color: white}}
@@ -2818,8 +2819,8 @@ touch-action: pan-y; -webkit-appearance: none; appearance: none}}
 {right}<div style="position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--cut)) 0 0)">{left}</div>
 <div style="position: absolute; inset: 0 auto 0 calc(var(--cut) - 1px); width: 2px; background: white; box-shadow: 0 0 2px black">
 </div><span style="left: 4px">{names[0]}</span><span style="right: 4px">{names[1]}</span>
-<input type="range" min="0" max="100" value="50" aria-label="{names[0]} left of the line, {names[1]} right of it: per cent"
-oninput="this.parentNode.style.setProperty('--cut', this.value + '%')"></div>"""
+<input type="range" min="0" max="100" value="50" data-lm-suppress-shortcuts="true"
+aria-label="{names[0]} left of the line, {names[1]} right of it: per cent" oninput="this.parentNode.style.setProperty('--cut', this.value + '%')"></div>"""
 
 
 def before_after(left: Tensor, right: Tensor, names: tuple[str, str], alt: str):
@@ -3710,7 +3711,7 @@ def _controls(faces: int, upload) -> dict:
     import ipywidgets
 
     style = {"description_width": "initial"}
-    slider = {"continuous_update": False, "style": style, "layout": {"width": "22em", "max_width": "98%"}}
+    slider = {"continuous_update": False, "style": style, "layout": {"width": "26em", "max_width": "98%"}}
 
     def choice(*options):
         return ipywidgets.ToggleButtons(options=options, style=style | {"button_width": "auto"})
@@ -3727,12 +3728,13 @@ def _controls(faces: int, upload) -> dict:
         "Crop left": ipywidgets.IntSlider(**slider), "Crop top": ipywidgets.IntSlider(**slider),
         "Crop size": ipywidgets.IntSlider(min=1, **slider),
         "Reduce crop to": ipywidgets.IntSlider(value=176, min=32, max=1024, step=8, **slider),
-        "Faithful to sharp": level(1, 0, 1, 0.05), "Zoom left": level(0.5, 0, 1, 0.05), "Zoom top": level(0.4, 0, 1, 0.05),
+        "Faithful to sharp": level(1, 0, 1, 0.05), "Zoom left": level(0.35, 0, 1, 0.05), "Zoom top": level(0.35, 0, 1, 0.05),
         "Before/after": choice("bicubic | SRGAN", "SRGAN | HR"),
         "Save figure": ipywidgets.Button(), "Compare all factors": ipywidgets.Button(),
     }
     for label, control in controls.items():
         control.description = label
+    upload.layout.width = "auto"  # or its label would be cut
     return controls
 
 
@@ -3862,6 +3864,7 @@ class Explorer:
         names = {path: "shipped with the project" if path == _shipped_weights(scale) else
                  str(path).removesuffix(f"{os.sep}generator.safetensors") for path in found if path}
         network.options = [(name, path) for path, name in names.items()] or [("none yet", None)]
+        network.index = 0  # ipywidgets 8 would choose none
         self._weights[scale] = network.value
 
     def _crop(self) -> tuple[int, int, int]:
@@ -3962,8 +3965,9 @@ class Explorer:
             self._say(f"enlarging to {largest} px ...")
         self._panels, note = factor_panels(picture, factor, is_hr, self._weights, self._amount(), progress)
         self._name = f"{re.sub('[^a-zA-Z0-9]+', '-', title)}-x{factor:g}"
-        self._say(f"{title}, {'shrunk, then ' if is_hr else ''}enlarged {factor:g}x by {note}"
-                  f"{'' if factor <= 8 else ' (two in a row: even more is invented)'}; {time.monotonic() - began:.2f} s")
+        twice = " (two in a row: the second invents upon what the first invented)" if factor > 8 else ""
+        self._say(f"{title}, {'shrunk, then ' if is_hr else ''}enlarged {factor:g}x by the {note}{twice}; "
+                  f"{time.monotonic() - began:.2f} s")
 
     def _zoom(self) -> tuple[float, float]:
         return self.controls["Zoom left"].value, self.controls["Zoom top"].value
