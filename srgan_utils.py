@@ -8,11 +8,11 @@
      6 Losses        pixel, content, adversarial
      7 Metrics       PSNR, SSIM, LPIPS, sharpness, checkerboard index
      8 Checkpoints   save, verify, find again, back up; export and load generators
-     9 Inference     `upscale`: any photo, tile by tile
+     9 Inference     `upscale`: any photo, tile by tile; `enlarge`: by any factor
     10 Evaluation    one row per image, bicubic and HR beside it
-    11 Figures       four panels, sample strips, loss curves
+    11 Figures       four panels, before/after, sample strips, loss curves
     12 Training      the step functions and `train`
-    13 Notebook aids `show_source`, `shape_walk`, a dashboard, uploads
+    13 Notebook aids `show_source`, `shape_walk`, a dashboard, uploads, the upscale factor by hand
     14 Command line  `main`
 
 A section uses only the sections above it. Everywhere, unless a docstring says otherwise:
@@ -2419,7 +2419,7 @@ def blended_generator(path: str | Path, scale: int | None = None, amount: float 
 
 
 # -----------------------------------------------------------------------------
-# 9. Inference: any photo, tile by tile
+# 9. Inference: any photo, tile by tile, by any factor
 # -----------------------------------------------------------------------------
 
 
@@ -2599,7 +2599,7 @@ def results_table(summary: dict) -> str:
 
 
 # -----------------------------------------------------------------------------
-# 11. Figures: four panels, sample strips, loss curves
+# 11. Figures: four panels, before/after, sample strips, loss curves
 # -----------------------------------------------------------------------------
 
 
@@ -2794,7 +2794,7 @@ def panels_figure(rows: dict[str, list[tuple]], zoom: tuple[float, float] | None
             axes[lines * row, column].set_xlabel(caption or " ")
             if zoom:
                 height, width = whole.shape[-2:]
-                corner = (zoom[0] * (width - width // 4), zoom[1] * (height - height // 4))
+                corner = (zoom[0] * (width - width // 4) - 0.5, zoom[1] * (height - height // 4) - 0.5)  # a pixel's edge
                 axes[lines * row, column].add_patch(Rectangle(corner, width // 4, height // 4, fill=False, color="white"))
     return figure
 
@@ -2810,7 +2810,7 @@ def _image_png(image: Tensor) -> bytes:
 
 # The range input lies over the pictures, unseen: pointer, touch and keys are the browser's own business. The attribute
 # keeps JupyterLab from taking the arrow keys for its own.
-_BEFORE_AFTER = """<div class="srgan-cut" style="--cut: 50%; position: relative; width: {width}px; max-width: 100%; margin: 4px">
+_BEFORE_AFTER = """<div class="srgan-cut" style="--cut: 50%; position: relative; width: min({width}px, 100%); margin: 4px 0">
 <style>.srgan-cut:focus-within {{outline: 3px solid #1a73e8; outline-offset: 2px}}
 .srgan-cut span {{position: absolute; top: 4px; padding: 0 6px; background: #000b; color: white}}
 .srgan-cut input {{position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize;
@@ -2820,7 +2820,8 @@ touch-action: pan-y; -webkit-appearance: none; appearance: none}}
 <div style="position: absolute; inset: 0 auto 0 calc(var(--cut) - 1px); width: 2px; background: white; box-shadow: 0 0 2px black">
 </div><span style="left: 4px">{names[0]}</span><span style="right: 4px">{names[1]}</span>
 <input type="range" min="0" max="100" value="50" data-lm-suppress-shortcuts="true"
-aria-label="{names[0]} left of the line, {names[1]} right of it: per cent" oninput="this.parentNode.style.setProperty('--cut', this.value + '%')"></div>"""
+aria-label="{names[0]} left of the line, {names[1]} right of it: per cent"
+oninput="this.parentNode.style.setProperty('--cut', this.value + '%')"></div>"""
 
 
 def before_after(left: Tensor, right: Tensor, names: tuple[str, str], alt: str):
