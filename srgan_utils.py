@@ -8,11 +8,11 @@
      6 Losses        pixel, content, adversarial
      7 Metrics       PSNR, SSIM, LPIPS, sharpness, checkerboard index
      8 Checkpoints   save, verify, find again, back up; export and load generators
-     9 Inference     `upscale`: any photo, tile by tile
+     9 Inference     `upscale`: any photo, tile by tile; `enlarge`: by any factor
     10 Evaluation    one row per image, bicubic and HR beside it
-    11 Figures       four panels, sample strips, loss curves
+    11 Figures       four panels, before/after, sample strips, loss curves
     12 Training      the step functions and `train`
-    13 Notebook aids `show_source`, `shape_walk`, a dashboard, uploads
+    13 Notebook aids `show_source`, `shape_walk`, a dashboard, uploads, the upscale factor by hand
     14 Command line  `main`
 
 A section uses only the sections above it. Everywhere, unless a docstring says otherwise:
@@ -81,16 +81,16 @@ __all__ = [
     "checkerboard_index", "flat_field",
     "save_checkpoint", "load_checkpoint", "newest_checkpoint", "Backup",            # 8
     "export_generator", "load_generator", "interpolate_generators",
-    "find_generator", "find_parent",
-    "upscale",                                                                      # 9
+    "find_generators", "find_generator", "find_parent", "blended_generator",
+    "upscale", "enlarge",                                                           # 9
     "evaluate", "summarise", "results_table",                                       # 10
     "show_picture", "show_images", "comparison_figure", "stages_figure", "image_strip",             # 11
-    "scores_figure", "history_figure",
+    "scores_figure", "factor_panels", "panels_figure", "before_after", "history_figure",
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
     "update_ema", "Progress", "run_name", "train", "reproduce_report",
     "stages_table",
     "show_source", "shape_walk", "progress_bar", "Dashboard", "uploaded_files",     # 13
-    "upload_images",
+    "upload_images", "Explorer",
     "main",                                                                         # 14
 ]
 
@@ -2370,8 +2370,8 @@ def interpolate_generators(faithful: Generator, sharp: Generator, amount: float)
     return between
 
 
-def find_generator(scale: int, *folders: str | Path) -> Path | None:
-    """The newest generator for `scale` in the workspace's runs or in `folders` (Drive, say), else the shipped one, else None."""
+def find_generators(scale: int, *folders: str | Path) -> Iterator[Path]:
+    """The generators for `scale` in the workspace's runs and in `folders` (Drive, say), newest first, then the shipped one."""
     found = []
     for folder in (workspace() / "runs", *folders):
         with contextlib.suppress(OSError):  # Drive may have gone
@@ -2379,9 +2379,14 @@ def find_generator(scale: int, *folders: str | Path) -> Path | None:
     for _, path in sorted(found, reverse=True):
         with contextlib.suppress(ValueError, OSError):
             load_generator(path, scale)
-            return path
-    shipped = _shipped_weights(scale)
-    return shipped if shipped.exists() else None
+            yield path
+    if _shipped_weights(scale).exists():
+        yield _shipped_weights(scale)
+
+
+def find_generator(scale: int, *folders: str | Path) -> Path | None:
+    """The first of `find_generators`, or None."""
+    return next(find_generators(scale, *folders), None)
 
 
 def find_parent(path: str | Path) -> Path | None:
@@ -2391,11 +2396,34 @@ def find_parent(path: str | Path) -> Path | None:
     return parent if parent.exists() else None
 
 
+@lru_cache(maxsize=16)
+def _blended(path: Path, written: int, scale: int | None, amount: float) -> tuple[Generator, Config]:
+    generator, config, _ = load_generator(path, scale)
+    if amount != 1:
+        parent = find_parent(path)
+        if parent is None:
+            raise FileNotFoundError(f"a mixture needs the pixel-loss parent of {path}, which is not there: leave it out, "
+                                    "or give a run that was pre-trained")
+        generator = interpolate_generators(load_generator(parent, scale)[0], generator, amount)
+    return generator.to(pick_device()), config
+
+
+def blended_generator(path: str | Path, scale: int | None = None, amount: float = 1.0) -> tuple[Generator, Config]:
+    """The generator in `path` mixed with its pixel-loss parent (0: the parent, 1: the generator itself), and its config.
+
+    The last 16 stay in memory, so that a slider does not read files; a file that training has replaced is read again.
+    Errors as from `load_generator`; FileNotFoundError, too, where a mixture is asked for and no parent is kept.
+    """
+    path = Path(path)
+    return _blended(path, path.stat().st_mtime_ns if path.exists() else 0, scale, amount)
+
+
 # -----------------------------------------------------------------------------
-# 9. Inference: any photo, tile by tile
+# 9. Inference: any photo, tile by tile, by any factor
 # -----------------------------------------------------------------------------
 
 
+_FACTORS = (2, 4, 8)                      # of the networks that `enlarge` takes
 _TILE = 1024                              # px of SR along a tile's side
 _TILES_TOGETHER = {"cuda": 4, "cpu": 1}   # how many of them are enlarged at once: one keeps a CPU busy
 
@@ -2439,18 +2467,46 @@ def _tiles(image: Tensor, generator: Generator, config: Config, tile: int | None
 
 
 @torch.no_grad()
-def upscale(image: Tensor, generator: Generator, config: Config, tile: int | None = None, progress: bool = False) -> Tensor:
+def upscale(image: Tensor, generator: Generator, config: Config, tile: int | None = None,
+            progress: bool | Callable[[float], None] = False) -> Tensor:
     """`image` (1, 3, h, w) enlarged: (1, 3, scale h, scale w) in [0, 1] at 8-bit levels, on the CPU.
 
     Works in tiles of `tile` LR px (default: 1024 px of output) that overlap by the network's receptive field:
     memory stays bounded and no seam shows, since every pixel sees all that it would in one piece. In the precision that
-    the network was trained in, or in a finer one.
+    the network was trained in, or in a finer one. progress: a text bar, or a function called with the share done, ]0, 1].
     """
-    out = torch.empty(1, 3, image.shape[-2] * config.scale, image.shape[-1] * config.scale)
-    for y, x, pixels in _tiles(image, generator, config, tile, progress):
+    out, done = torch.empty(1, 3, image.shape[-2] * config.scale, image.shape[-1] * config.scale), 0
+    for y, x, pixels in _tiles(image, generator, config, tile, progress is True):
         height, width = pixels.shape[:2]
         out[..., y:y + height, x:x + width] = _to_tensor(pixels)
+        done += height * width
+        if callable(progress):
+            progress(done / out[0, 0].numel())
     return out
+
+
+def enlarge(photo: Tensor, factor: float, weights: dict[int, str | Path] | None = None, amount: float = 1.0,
+            progress: bool | Callable[[float], None] = False) -> tuple[Tensor, str]:
+    """`photo` (1, 3, h, w) enlarged by any `factor` from 1 to 16, and a note that says which networks did it.
+
+    The next larger network does it, then `bicubic` reduces what is too large; above 8 it is the one for 8x, then the one
+    for 2x. weights: the file for each scale; `find_generator` where it names none. amount: as for `blended_generator`.
+    ValueError if the factor is out of range, FileNotFoundError if a network is missing.
+    """
+    if not 1 <= factor <= 16:
+        raise ValueError(f"factor {factor:g}: give a number from 1 to 16")
+    scales = [next(scale for scale in _FACTORS if scale >= factor)] if factor <= 8 else [8, 2]
+    image, size = photo, tuple(round(side * factor) for side in photo.shape[-2:])
+    for scale in scales:
+        path = (weights or {}).get(scale) or find_generator(scale)
+        if path is None:
+            raise FileNotFoundError(f"there is no network for {scale}x yet: train one in notebook 3 with scale = {scale} (or "
+                                    f"python srgan_utils.py train --scale {scale}), or choose another factor")
+        image = upscale(image, *blended_generator(path, scale, amount), progress=progress)
+    note = " then ".join(f"{scale}x" for scale in scales) + " network"
+    if image.shape[-2:] != size:
+        image, note = quantise(bicubic(image, size)), f"{note}, reduced to {factor:g}x"
+    return image, note
 
 
 # -----------------------------------------------------------------------------
@@ -2543,7 +2599,7 @@ def results_table(summary: dict) -> str:
 
 
 # -----------------------------------------------------------------------------
-# 11. Figures: four panels, sample strips, loss curves
+# 11. Figures: four panels, before/after, sample strips, loss curves
 # -----------------------------------------------------------------------------
 
 
@@ -2668,6 +2724,119 @@ def scores_figure(rows: Sequence[dict]):
     ax.set(xlabel="PSNR RGB, dB: nearer to HR", ylabel="sharpness (HR: 1)")
     ax.legend()
     return figure
+
+
+def _fit(image: Tensor, most: int) -> Tensor:
+    """(1, 3, H, W) reduced so that no side is longer than `most` px; unchanged if none is."""
+    share = most / max(image.shape[-2:])
+    return image if share >= 1 else quantise(bicubic(image, tuple(max(1, round(side * share)) for side in image.shape[-2:])))
+
+
+def factor_panels(picture: Tensor, factor: float, is_hr: bool = True, weights: dict[int, str | Path] | None = None,
+                  amount: float = 1.0, progress: bool | Callable[[float], None] = False) -> tuple[list[tuple], str]:
+    """What `factor` does to `picture` (1, 3, h, w): panels of (title, image, caption), and the note of `enlarge`.
+
+    is_hr: the picture is the truth and is shrunk first, by 2, 4 or 8 (which may cost it some px on the right and below):
+    LR, bicubic, SRGAN and HR, all (1, 3, H, W), with PSNR and SSIM (RGB, border of `factor` px removed) as captions.
+    Otherwise it is the LR, and there are three panels without numbers, since there is no truth; the note is the caption of
+    SRGAN. The other arguments, and the errors, are those of `enlarge`; ValueError, too, if too little is left to measure.
+    """
+    lr, hr = picture, None
+    if is_hr:
+        if factor not in _FACTORS:
+            raise ValueError(f"a picture is shrunk by 2, 4 or 8 to be tested, not by {factor:g}")
+        factor = int(factor)
+        height, width = (side // factor for side in picture.shape[-2:])
+        if (min(height, width) - 2) * factor < 11:
+            raise ValueError(f"{picture.shape[-1]} x {picture.shape[-2]} px are too few to be shrunk {factor}x and measured: "
+                             f"take {(2 + math.ceil(11 / factor)) * factor} px or more")
+        hr = picture[..., :height * factor, :width * factor]
+        lr = quantise(bicubic(hr, (height, width)))
+    sr, note = enlarge(lr, factor, weights, amount, progress)
+    size = sr.shape[-2:]
+    panels = [(f"LR, {lr.shape[-1]} px", F.interpolate(lr, size=size, mode="nearest"), ""),
+              ("bicubic", quantise(bicubic(lr, size)), ""), (f"SRGAN {factor:g}x", sr, note)]
+    if hr is None:
+        return panels, note
+    inner = (..., slice(factor, -factor), slice(factor, -factor))
+    for i in (1, 2):
+        title, image, _ = panels[i]
+        near, similar = (metric(image[inner], hr[inner]).item() for metric in (psnr, ssim))
+        panels[i] = (title, image, f"{near:.2f} dB, SSIM {similar:.3f}")
+    return [*panels, (f"HR, {size[1]} px", hr, "")], note
+
+
+def _part(image: Tensor, zoom: tuple[float, float]) -> Tensor:
+    """A quarter of the side of `image`, at `zoom`: how far to the right and how far down, from 0 to 1."""
+    size = [max(1, side // 4) for side in image.shape[-2:]]
+    y, x = (round(share * (side - part)) for share, side, part in zip(zoom[::-1], image.shape[-2:], size))
+    return image[..., y:y + size[0], x:x + size[1]]
+
+
+def panels_figure(rows: dict[str, list[tuple]], zoom: tuple[float, float] | None = (0.35, 0.35)):
+    """Panels of `factor_panels`, a row for each name in `rows`, as a matplotlib Figure; below each, enlarged, a part: the same of
+    all, a quarter of the side, `zoom` to the right and down (0 to 1). None: no parts."""
+    from matplotlib.patches import Rectangle
+
+    columns, lines = max(map(len, rows.values())), 2 if zoom else 1
+    alt = "; ".join(f"{name}: " + ", ".join(f"{title} {caption}".strip() for title, _, caption in panels)
+                    for name, panels in rows.items())
+    figure = _figure(3 * columns, 3.25 * lines * len(rows), alt + "; a part of each enlarged below it" * bool(zoom))
+    axes = figure.subplots(lines * len(rows), columns, squeeze=False)
+    for row, (name, panels) in enumerate(rows.items()):
+        axes[lines * row, 0].set_ylabel(name)
+        for column, (title, image, caption) in enumerate(panels):
+            whole = _fit(image, 1024)
+            for ax, shown in zip(axes[lines * row:, column], [whole, _part(image, zoom)] if zoom else [whole]):
+                ax.imshow(_to_pixels(shown)[0], interpolation="nearest", vmin=0, vmax=255)
+                ax.set(xticks=[], yticks=[])
+            axes[lines * row, column].set_title(title)
+            axes[lines * row, column].set_xlabel(caption or " ")
+            if zoom:
+                height, width = whole.shape[-2:]
+                corner = (zoom[0] * (width - width // 4) - 0.5, zoom[1] * (height - height // 4) - 0.5)  # a pixel's edge
+                axes[lines * row, column].add_patch(Rectangle(corner, width // 4, height // 4, fill=False, color="white"))
+    return figure
+
+
+def _image_png(image: Tensor) -> bytes:
+    """One image, (1, 3, H, W), as a PNG file, packed fast rather than small."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(_to_pixels(image)[0]).save(buffer, format="png", compress_level=1)
+    return buffer.getvalue()
+
+
+# The range input lies over the pictures, unseen: pointer, touch and keys are the browser's own business. The attribute
+# keeps JupyterLab from taking the arrow keys for its own.
+_BEFORE_AFTER = """<div class="srgan-cut" style="--cut: 50%; position: relative; width: min({width}px, 100%); margin: 4px 0">
+<style>.srgan-cut:focus-within {{outline: 3px solid #1a73e8; outline-offset: 2px}}
+.srgan-cut span {{position: absolute; top: 4px; padding: 0 6px; background: #000b; color: white}}
+.srgan-cut input {{position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize;
+touch-action: pan-y; -webkit-appearance: none; appearance: none}}
+.srgan-cut input::-webkit-slider-thumb {{width: 1px}} .srgan-cut input::-moz-range-thumb {{width: 1px; border: 0}}</style>
+{right}<div style="position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--cut)) 0 0)">{left}</div>
+<div style="position: absolute; inset: 0 auto 0 calc(var(--cut) - 1px); width: 2px; background: white; box-shadow: 0 0 2px black">
+</div><span style="left: 4px">{names[0]}</span><span style="right: 4px">{names[1]}</span>
+<input type="range" min="0" max="100" value="50" data-lm-suppress-shortcuts="true"
+aria-label="{names[0]} left of the line, {names[1]} right of it: per cent"
+oninput="this.parentNode.style.setProperty('--cut', this.value + '%')"></div>"""
+
+
+def before_after(left: Tensor, right: Tensor, names: tuple[str, str], alt: str):
+    """Two images (1, 3, H, W) upon each other, and a line between them to be moved by mouse, touch or arrow keys, as HTML.
+
+    Complete in itself: no network and no <script>, so its `data` works as the `value` of an ipywidgets.HTML, too.
+    """
+    from IPython.display import HTML
+
+    times = max(1, 640 // left.shape[-1])
+    style = f"display: block; width: 100%; max-width: none; margin: 0; image-rendering: {'pixelated' if times > 1 else 'auto'}"
+    left, right = (_fit(image, 1024) for image in (left, right))
+    pictures = [_img(_image_png(image), f"{alt}: {name}", style) for image, name in zip((left, right), names)]
+    return HTML(_BEFORE_AFTER.format(width=times * left.shape[-1], left=pictures[0], right=pictures[1],
+                                     names=[html.escape(name) for name in names]))
 
 
 def history_figure(path: str | Path):
@@ -3535,6 +3704,309 @@ def upload_images(folder: str | Path):
     return widget
 
 
+# --- The upscale factor by hand
+
+
+def _controls(faces: int, upload) -> dict:
+    """The widgets of `Explorer` by their labels; `upload` is the one that chooses a photo."""
+    import ipywidgets
+
+    style = {"description_width": "initial"}
+    slider = {"continuous_update": False, "style": style, "layout": {"width": "26em", "max_width": "98%"}}
+
+    def choice(*options):
+        return ipywidgets.ToggleButtons(options=options, style=style | {"button_width": "auto"})
+
+    def level(value, least, most, step):
+        return ipywidgets.FloatSlider(value=value, min=least, max=most, step=step, **slider)
+
+    controls = {
+        "Upscale factor": choice(*((f"{scale}x", scale) for scale in _FACTORS)),
+        "Network": ipywidgets.Dropdown(style=style, layout={"width": "30em", "max_width": "98%"}),
+        "Picture": choice("Test face", "Your photo"), "Face": ipywidgets.IntSlider(max=max(1, faces - 1), **slider),
+        "Previous face": ipywidgets.Button(), "Next face": ipywidgets.Button(),
+        "Mode": choice("Test it", "Enlarge it"), "Choose a photo": upload, "Any factor": level(4, 1, 16, 0.1),
+        "Crop left": ipywidgets.IntSlider(**slider), "Crop top": ipywidgets.IntSlider(**slider),
+        "Crop size": ipywidgets.IntSlider(min=1, **slider),
+        "Reduce crop to": ipywidgets.IntSlider(value=176, min=32, max=1024, step=8, **slider),
+        "Faithful to sharp": level(1, 0, 1, 0.05), "Zoom left": level(0.35, 0, 1, 0.05), "Zoom top": level(0.35, 0, 1, 0.05),
+        "Before/after": choice("bicubic | SRGAN", "SRGAN | HR"),
+        "Save figure": ipywidgets.Button(), "Compare all factors": ipywidgets.Button(),
+    }
+    for label, control in controls.items():
+        control.description = label
+    upload.layout.width = "auto"  # or its label would be cut
+    return controls
+
+
+_PANEL_LIMIT = 4096  # px of SR along a side: 200 MB for each panel
+
+# A click in a picture: a hidden text field of the same panel takes what was clicked, and where (0 to 1)
+_CLICK = """const box = this.getBoundingClientRect(), field = this.closest('.srgan-explorer').querySelector('.srgan-click input');
+field.value = '{} ' + (event.clientX - box.left) / box.width + ' ' + (event.clientY - box.top) / box.height;
+field.dispatchEvent(new Event('input', {{bubbles: true}})); field.dispatchEvent(new Event('change', {{bubbles: true}}))"""
+
+
+def _framed(picture: str, kind: str, left: float, top: float, width: float, height: float) -> str:
+    """An <img> with a frame upon it, in per cent, that reports clicks as `kind`."""
+    return (f'<div style="position: relative; cursor: crosshair" onclick="{_CLICK.format(kind)}">{picture}<div style="position: '
+            f"absolute; left: {left:.2f}%; top: {top:.2f}%; width: {width:.2f}%; height: {height:.2f}%; box-sizing: border-box; "
+            'border: 2px solid white; outline: 1px solid black"></div></div>')
+
+
+def _panels_html(panels: list[tuple], zoom: tuple[float, float]) -> str:
+    """What `panels_figure` draws of one row, without matplotlib's half second, and to be clicked."""
+    figures, style = [], "display: block; width: 100%; max-width: none; margin: 0"
+    for title, image, caption in panels:
+        whole = _img(_image_png(_fit(image, 512)), f"{title} {caption}".strip(), style)
+        part = _img(_image_png(_fit(_part(image, zoom), 512)), f"{title}, a part", f"{style}; image-rendering: pixelated")
+        figures.append(f'<figure style="margin: 0"><b>{title}</b>{_framed(whole, "zoom", 75 * zoom[0], 75 * zoom[1], 25, 25)}'
+                       f'<figcaption>{caption or "&nbsp;"}</figcaption>{part}</figure>')
+    return ('<div style="display: grid; grid-template-columns: repeat(auto-fit, minmax(min(11em, 45%), 1fr)); gap: 8px; '
+            f'max-width: 72em; line-height: 1.5">{"".join(figures)}</div>')
+
+
+class Explorer:
+    """The upscale factor by hand, for a notebook: display `panel`. Everything it shows, `factor_panels`, `panels_figure` and
+    `before_after` make without widgets, too.
+
+    store: whose test faces are shown. path: the network to begin with, for 2x, 4x or 8x. folders: where to look for others,
+    as `find_generators`. `controls` are the widgets by label, `status` the line that says what is shown or what is wrong.
+    """
+
+    def __init__(self, store: FaceStore, path: str | Path, *folders: str | Path):
+        import ipywidgets
+
+        self._faces, self._store, self._folders = store.indices("test"), store, folders
+        scale = load_generator(path)[1].scale
+        self._weights = {each: find_generator(each, *folders) for each in _FACTORS} | {scale: Path(path)}
+        self._photo, self._panels, self._busy, self._uploads = None, [], False, workspace() / "photos"
+        if in_colab():
+            upload = ipywidgets.Button()
+        else:
+            upload = upload_images(self._uploads)
+            upload.multiple = False
+        self.controls = _controls(len(self._faces), upload)
+        self.controls["Upscale factor"].value = scale
+        self.status, self.photo, self.pictures, self.slider, self.sheet = (ipywidgets.HTML() for _ in range(5))
+        self.clicked = ipywidgets.Text(layout={"display": "none"})
+        self.clicked.add_class("srgan-click")
+        for label, control in self.controls.items():
+            if hasattr(control, "on_click"):
+                control.on_click(self._callback(label))
+            else:
+                control.observe(self._callback(label), names="value")
+        self.clicked.observe(self._callback("clicked"), names="value")
+        self.panel = self._arranged()
+        self._callback("Upscale factor")()
+
+    def _arranged(self):
+        import ipywidgets
+
+        def row(*labels):
+            return ipywidgets.HBox([self.controls[label] for label in labels], layout={"flex_flow": "row wrap"})
+
+        panel = ipywidgets.VBox([
+            row("Upscale factor", "Network"), row("Picture", "Face", "Previous face", "Next face", "Mode", "Choose a photo"),
+            row("Any factor", "Reduce crop to"), row("Crop left", "Crop top", "Crop size"), self.photo,
+            row("Faithful to sharp"), self.status, self.pictures, row("Zoom left", "Zoom top", "Before/after"), self.slider,
+            row("Save figure", "Compare all factors"), self.sheet, self.clicked])
+        panel.add_class("srgan-explorer")
+        return panel
+
+    def _say(self, text: str) -> None:
+        self.status.value = f'<div role="status" aria-live="polite">{html.escape(text)}</div>'
+
+    def _callback(self, label: str) -> Callable:
+        """What a change of this control calls. Its errors stand in the status line: elsewhere nobody would read them."""
+        def call(_=None):
+            if self._busy:  # a control that another one moves
+                return
+            self._busy = True
+            try:
+                self._changed(label)
+            except Exception as error:
+                kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+                self._say(kind + _one_line(error))
+            finally:
+                self._busy = False
+            if not self._panels:
+                self.pictures.value = self.slider.value = ""
+        return call
+
+    def _changed(self, label: str) -> None:
+        controls = self.controls
+        if label in ("Save figure", "Compare all factors"):
+            return self._save() if label == "Save figure" else self._compare()
+        if label == "clicked":
+            label = self._click(*self.clicked.value.split())
+        elif label in ("Previous face", "Next face"):
+            face = controls["Face"]
+            face.value = (face.value + (1 if label == "Next face" else -1)) % len(self._faces)
+        elif label == "Choose a photo":
+            self._choose()
+        elif label == "Upscale factor":
+            controls["Any factor"].value = controls["Upscale factor"].value
+        elif label == "Any factor":
+            controls["Upscale factor"].value = next((each for each in _FACTORS if each >= controls[label].value), 8)
+        elif label == "Network":
+            self._weights[controls["Upscale factor"].value] = controls["Network"].value
+        if label in ("Upscale factor", "Any factor"):
+            self._list_networks()
+        if label not in ("Zoom left", "Zoom top", "Before/after"):
+            self._fit_controls()
+            self._redraw()
+        if self._panels:
+            self._show()
+
+    def _list_networks(self) -> None:
+        scale, network = self.controls["Upscale factor"].value, self.controls["Network"]
+        found = [self._weights[scale], *find_generators(scale, *self._folders)]
+        names = {path: "shipped with the project" if path == _shipped_weights(scale) else
+                 str(path).removesuffix(f"{os.sep}generator.safetensors") for path in found if path}
+        network.options = [(name, path) for path, name in names.items()] or [("none yet", None)]
+        network.index = 0  # ipywidgets 8 would choose none
+        self._weights[scale] = network.value
+
+    def _crop(self) -> tuple[int, int, int]:
+        """left, top and side of the crop. A slider's bounds must differ, so it may go a pixel too far."""
+        width, height = self._photo.size
+        side = min(self.controls["Crop size"].value, width, height)
+        return min(self.controls["Crop left"].value, width - side), min(self.controls["Crop top"].value, height - side), side
+
+    def _fit_controls(self) -> None:
+        """Show the controls that apply, within the bounds that apply."""
+        controls = self.controls
+        own = controls["Picture"].value == "Your photo"
+        alone = own and controls["Mode"].value == "Enlarge it"
+        shown = {"Face": not own, "Previous face": not own, "Next face": not own, "Mode": own, "Choose a photo": own,
+                 "Any factor": alone}
+        shown |= dict.fromkeys(("Crop left", "Crop top", "Crop size", "Reduce crop to"), own and self._photo is not None)
+        for label, visible in shown.items():
+            controls[label].layout.display = None if visible else "none"
+        network = controls["Network"].value
+        controls["Faithful to sharp"].disabled = not (network and find_parent(network))
+        pairs = ("bicubic | SRGAN",) if alone else ("bicubic | SRGAN", "SRGAN | HR")
+        if controls["Before/after"].options != pairs:
+            controls["Before/after"].options = pairs
+        self.photo.value = ""
+        if own and self._photo is not None:
+            (width, height), (left, top, side) = self._photo.size, self._crop()
+            controls["Crop left"].max, controls["Crop top"].max = max(1, width - side), max(1, height - side)
+            frame = (100 * left / width, 100 * top / height, 100 * side / width, 100 * side / height)
+            self.photo.value = ('<div style="max-width: 320px">Click where the middle of the crop shall be:'
+                                f'{_framed(self._preview, "crop", *frame)}</div>')
+
+    def _choose(self) -> None:
+        if in_colab():
+            upload_images(self._uploads)
+        path = max(self._uploads.glob("*"), key=lambda each: each.stat().st_mtime_ns, default=None)
+        if path is None:
+            raise ValueError("no photo was chosen")
+        try:
+            self._photo = _on_white(_read_image(path))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from None
+        self._title = path.stem
+        small = self._photo.resize([max(1, round(side * min(1, 320 / max(self._photo.size)))) for side in self._photo.size])
+        self._preview = _img(_image_png(_to_tensor(np.asarray(small))), f"your photo, {path.name}", "display: block; width: 100%")
+        controls, side = self.controls, min(self._photo.size)  # the largest square in the middle
+        controls["Crop size"].max = max(2, side)
+        controls["Crop size"].value = side
+        for label, room in zip(("Crop left", "Crop top"), self._photo.size):
+            controls[label].max = max(1, room - side)
+            controls[label].value = (room - side) // 2
+
+    def _click(self, kind: str, *place: str) -> str:
+        """Move crop or part to where the user clicked; the label of a control that it has moved."""
+        shares = [float(share) for share in place]
+        if kind == "zoom":  # the part is a quarter wide
+            for label, share in zip(("Zoom left", "Zoom top"), shares):
+                self.controls[label].value = (share - 1 / 8) / (3 / 4)
+            return "Zoom left"
+        for label, share, room in zip(("Crop left", "Crop top"), shares, self._photo.size):
+            self.controls[label].value = round(share * room - self.controls["Crop size"].value / 2)
+        return "Crop left"
+
+    def _picture(self) -> tuple[Tensor, float, bool, str]:
+        """What is to be enlarged: an image, by which factor, whether it is the HR, and what it is called."""
+        controls, scale = self.controls, self.controls["Upscale factor"].value
+        if controls["Picture"].value == "Test face":
+            number = controls["Face"].value % len(self._faces)
+            network = controls["Network"].value
+            config = blended_generator(network, scale)[1] if network else Config(scale=scale)  # the view it was trained in
+            return make_pair(self._store.faces([int(self._faces[number])]), config)[1], scale, True, f"test face {number}"
+        if self._photo is None:
+            raise ValueError("choose a photo first, with the button above")
+        left, top, side = self._crop()
+        crop = _to_tensor(np.asarray(self._photo.crop((left, top, left + side, top + side))))
+        is_hr, most = controls["Mode"].value == "Test it", controls["Reduce crop to"].value
+        title = f"{self._title}, {side} px" + f" reduced to {most}" * (side > most)
+        return _fit(crop, most), scale if is_hr else controls["Any factor"].value, is_hr, title
+
+    def _amount(self) -> float:
+        return 1.0 if self.controls["Faithful to sharp"].disabled else self.controls["Faithful to sharp"].value
+
+    def _bounded(self, side: int, times: int) -> int:
+        if side * times > _PANEL_LIMIT:
+            raise ValueError(f"{side} px would become {side * times} px, and {_PANEL_LIMIT} are the most here: crop or reduce "
+                             "more, or use python srgan_utils.py upscale, which writes any size to a file")
+        return side * times
+
+    def _redraw(self) -> None:
+        began, self._panels, self.sheet.value = time.monotonic(), [], ""
+        picture, factor, is_hr, title = self._picture()
+        largest = self._bounded(picture.shape[-1], 1 if is_hr else 16 if factor > 8 else self.controls["Upscale factor"].value)
+
+        def progress(share):
+            if share < 1:
+                self._say(f"enlarging: {share:.0%}")
+
+        if largest > _TILE:
+            self._say(f"enlarging to {largest} px ...")
+        self._panels, note = factor_panels(picture, factor, is_hr, self._weights, self._amount(), progress)
+        self._name = f"{re.sub('[^a-zA-Z0-9]+', '-', title)}-x{factor:g}"
+        twice = " (two in a row: the second invents upon what the first invented)" if factor > 8 else ""
+        self._say(f"{title}, {'shrunk, then ' if is_hr else ''}enlarged {factor:g}x by the {note}{twice}; "
+                  f"{time.monotonic() - began:.2f} s")
+
+    def _zoom(self) -> tuple[float, float]:
+        return self.controls["Zoom left"].value, self.controls["Zoom top"].value
+
+    def _show(self) -> None:
+        self.pictures.value = _panels_html(self._panels, self._zoom())
+        pair = self.controls["Before/after"].value
+        left, right = self._panels[1:3] if pair == "bicubic | SRGAN" else self._panels[2:4]
+        self.slider.value = before_after(left[1], right[1], tuple(pair.split(" | ")), self._name).data
+
+    def _save(self) -> None:
+        if not self._panels:
+            raise ValueError("there is no figure to save yet")
+        path = workspace() / f"{self._name}.png"
+        panels_figure({self._name: self._panels}, self._zoom()).savefig(path, dpi=120)
+        enlarged = workspace() / f"{self._name}-enlarged.png"
+        if len(self._panels) == 3:
+            save_image(self._panels[2][1], enlarged)
+        self._say(f"saved: {path}" + (f" and {enlarged}" if len(self._panels) == 3 else ""))
+
+    def _compare(self) -> None:
+        picture, _, is_hr, title = self._picture()
+        self._bounded(picture.shape[-1], 1 if is_hr else max(_FACTORS))
+        rows, missing = {}, []
+        for scale in _FACTORS:
+            self._say(f"comparing all factors: {scale}x ...")
+            try:
+                rows[f"{scale}x"] = factor_panels(picture, scale, is_hr, self._weights, self._amount())[0]
+            except FileNotFoundError as error:
+                missing.append(_one_line(error))
+        if rows:
+            figure, path = panels_figure(rows, self._zoom()), workspace() / f"{re.sub('[^a-zA-Z0-9]+', '-', title)}-all.png"
+            figure.savefig(path, dpi=100)
+            self.sheet.value = figure._repr_html_()
+            missing.insert(0, f"all factors, saved: {path}")
+        self._say("; ".join(missing))
+
+
 # -----------------------------------------------------------------------------
 # 14. Command line: `python srgan_utils.py COMMAND`
 # -----------------------------------------------------------------------------
@@ -3605,19 +4077,11 @@ def _chosen_weights(args: argparse.Namespace, scale: int | None) -> Path:
 def _chosen_generator(args: argparse.Namespace) -> tuple[Generator, Config, str]:
     """The generator that the options name, as sharp as --blend says, and where it came from."""
     scale = None if args.scale is None else _checked("scale", "int", _parsed(args.scale))
-    path = _chosen_weights(args, scale)
-    generator, config, _ = load_generator(path, scale)
-    if args.blend is not None:
-        amount = _parsed(args.blend)
-        if type(amount) not in (int, float) or not 0 <= amount <= 1:
-            raise ValueError(f"--blend {args.blend}: give a number from 0 (faithful) to 1 (sharp)")
-        parent = find_parent(path)
-        if parent is None:
-            raise FileNotFoundError(f"--blend needs the pixel-loss parent of {path}, which is not there: leave it out, "
-                                    "or give a run that was pre-trained")
-        generator = interpolate_generators(load_generator(parent, scale)[0], generator, amount)
+    path, amount = _chosen_weights(args, scale), 1 if args.blend is None else _parsed(args.blend)
+    if type(amount) not in (int, float) or not 0 <= amount <= 1:
+        raise ValueError(f"--blend {args.blend}: give a number from 0 (faithful) to 1 (sharp)")
     blended = "" if args.blend is None else f" (--blend {args.blend})"
-    return generator.to(pick_device()), config, f"{path}{blended}"
+    return *blended_generator(path, scale, amount), f"{path}{blended}"
 
 
 def _prepare_command(args: argparse.Namespace) -> None:
