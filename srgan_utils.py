@@ -410,7 +410,7 @@ def _size(count: float) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(0.0, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.2g} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _age(kept: tuple[int, float] | None, none: str) -> str:
@@ -2720,7 +2720,8 @@ def history_figure(path: str | Path):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure = _figure(12, 3, "losses of the generator and of the discriminator over the updates")
-    for ax, names in zip(figure.subplots(1, 2), (("pixel", "content", "adversarial"), ("d_loss", "d_real", "d_fake"))):
+    panels = {"generator": ("pixel", "content", "adversarial"), "discriminator": ("d_loss", "d_real", "d_fake")}
+    for ax, (title, names) in zip(figure.subplots(1, 2), panels.items()):
         for name in names:
             points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
             if points:
@@ -2728,7 +2729,7 @@ def history_figure(path: str | Path):
                 width = max(1, len(values) // 200)  # a running mean, or noise hides the trend
                 smooth = np.convolve(values, np.ones(width) / width, mode="valid")
                 ax.plot(steps[width - 1:], smooth, label=name)
-        ax.set_xlabel("update")
+        ax.set(xlabel="update", title=title)
         if ax.lines:
             ax.legend()
     figure.axes[0].set_yscale("log")  # the losses of the generator differ by orders of magnitude
@@ -3683,9 +3684,8 @@ class Dashboard:
         if sample and (event.sample or not self._html["strip"]):
             alt = f"samples of {sample.stem}, a row for each face: LR, bicubic, the network's output, HR"
             self._html["strip"] = _picture(sample.read_bytes(), alt)
-        if (event.sample or now > self._curves_due) and (self.folder / "history.csv").exists():
-            figure = history_figure(self.folder / "history.csv")
-            self._html["curves"] = _picture(_png(figure), f"loss curves up to update {event.step}")
+        if event.sample or now > self._curves_due:
+            self._draw_curves(event)
             self._curves_due = time.perf_counter() + max(5, 20 * (time.perf_counter() - now))
         losses = "".join(f", {name} {value:.3g}" for name, value in event.losses.items() if name in ("pixel", "d_loss"))
         self._say(f"{event.stage}: update {event.step:,} of {event.total:,}, {event.images_per_second:.0f} img/s, "
@@ -3696,6 +3696,11 @@ class Dashboard:
         self._html["kept"] = f"<div>checkpoint: {text(event.checkpoint + backup)}</div>"
         if now > self._due or event.sample or event.done:
             self._refresh()
+
+    def _draw_curves(self, event: Progress) -> None:
+        if (self.folder / "history.csv").exists():
+            figure = history_figure(self.folder / "history.csv")
+            self._html["curves"] = _picture(_png(figure), f"loss curves up to update {event.step}")
 
     def _say(self, text: str) -> None:
         self._text, self._html["progress"] = text, f'<div role="status">{html.escape(text)}</div>'
@@ -3722,12 +3727,13 @@ class Dashboard:
         self._due = time.perf_counter() + (1 if self._widgets else 5)  # without widgets, the pictures travel each time
         for name, widget in self._widgets.items():
             widget.value = self._html[name]  # which sends only what has changed
-        if self._handle and not self._widgets:
+        if not self._widgets:
             self._freeze()
 
     def _freeze(self) -> None:
         """Show the last state as plain HTML."""
-        self._handle.update({"text/html": "".join(self._html.values()), "text/plain": self._text}, raw=True)
+        if self._handle:  # a script has none
+            self._handle.update({"text/html": "".join(self._html.values()), "text/plain": self._text}, raw=True)
 
     def _close(self, event: Progress | None) -> None:
         """Say how it ended, which the newest checkpoint tells, in a picture that needs no kernel."""
@@ -3738,6 +3744,7 @@ class Dashboard:
             self._say(f"Finished: {update:,} updates, {saved}." if ended else
                       f"Stopped at update {update:,} of {event.total:,}, {saved}. Run this cell again to continue.")
             self._html["kept"] = ""
+            self._draw_curves(event)
         self._freeze()
         for widget in filter(None, (self._box, self._button, *self._widgets.values())):
             widget.close()
