@@ -84,13 +84,14 @@ __all__ = [
     "find_generators", "find_generator", "find_parent", "blended_generator",
     "upscale", "enlarge",                                                           # 9
     "evaluate", "summarise", "results_table",                                       # 10
-    "show_picture", "show_images", "comparison_figure", "stages_figure", "image_strip",             # 11
-    "scores_figure", "factor_panels", "panels_figure", "before_after", "history_figure",
+    "show_picture", "show_images", "comparison_figure", "stages_figure",            # 11
+    "image_strip", "scores_figure", "factor_panels", "panels_figure", "before_after",
+    "write_comparison", "history_figure",
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
-    "update_ema", "Progress", "run_name", "train", "reproduce_report",
-    "stages_table",
-    "show_source", "shape_walk", "progress_bar", "Dashboard", "uploaded_files",     # 13
-    "upload_images", "Explorer",
+    "update_ema", "Progress", "run_name", "train", "forecast", "minutes_until",
+    "reproduce_report", "stages_table",
+    "show_source", "shape_walk", "progress_bar", "Dashboard", "export_zip",         # 13
+    "export_button", "uploaded_files", "upload_images", "Explorer",
     "main",                                                                         # 14
 ]
 
@@ -276,6 +277,12 @@ class Config:
         """All updates, pre-training included; needs lengths in updates (`for_faces`)."""
         return self.pretrain_steps + self.steps
 
+    def lasting(self, total: int) -> Config:
+        """The same in about `total` updates, shared by the two stages in proportion; needs lengths in updates (`for_faces`)."""
+        pretrain, steps = (max(1, round(total * count / self.total_steps)) if count else 0
+                           for count in (self.pretrain_steps, self.steps))
+        return replace(self, pretrain_steps=pretrain, steps=steps, decay_steps=steps)
+
     def for_faces(self, count: int) -> Config:
         """The same with lengths stated in epochs turned into updates, for a training split of `count` faces."""
         def updates(epochs):
@@ -285,6 +292,10 @@ class Config:
         steps = updates(self.epochs) if self.steps is None else self.steps
         decay = steps if self.decay_steps is None else self.decay_steps
         return replace(self, pretrain_steps=pretrain, steps=steps, decay_steps=decay)
+
+    def for_epochs(self, epochs: float, count: int) -> Config:
+        """The same, so long that each of `count` training faces is seen `epochs` times."""
+        return self.for_faces(count).lasting(math.ceil(epochs * count / self.batch_size))
 
 
 def _parsed(text: str):
@@ -395,6 +406,17 @@ def _one_line(error: object) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(0.0, seconds):.0f} s"
+    return f"{seconds / 60:.2g} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _age(kept: tuple[int, float] | None, none: str) -> str:
+    """For people: which update a copy holds, and how long ago (since `time.time()`) that was written."""
+    return f"update {kept[0]:,}, {_duration(time.time() - kept[1])} ago" if kept else none
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -2204,11 +2226,16 @@ class Backup:
         self.folder.mkdir(parents=True, exist_ok=True)
         there = sum(path.stat().st_size for slot in _SLOTS if (path := self.folder / slot).exists())
         _check_space(self.folder, 2 * needed - there, "two checkpoints")
-        self.status = "no backup yet"
-        self._began = time.time()
+        update = _manifest(self.folder).get("update")
+        self._good = (update, (self.folder / "manifest.json").stat().st_mtime) if type(update) is int else None
+        self._began, self._failing = time.time(), ""
         self._waiting: tuple | None = None
-        self._wake, self._closing, self._warned = threading.Condition(), False, False
+        self._wake, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, daemon=True)
+
+    @property
+    def status(self) -> str:
+        return _age(self._good, "no backup yet") + self._failing
 
     def submit(self, checkpoint: Path, update: int, files: Sequence[Path]) -> None:
         """Have a checkpoint and small `files` copied; one still waiting is replaced."""
@@ -2230,7 +2257,7 @@ class Backup:
         if self._thread.is_alive():
             print(f"finishing the backup in {self.folder} ...", file=sys.stderr)
             self._thread.join(15 * 60)
-        if self._warned or self._thread.is_alive():
+        if self._failing or self._thread.is_alive():
             print(f"WARNING: the backup in {self.folder} is not complete; last good backup: {self.status}", file=sys.stderr)
 
     def _work(self) -> None:
@@ -2253,8 +2280,8 @@ class Backup:
                     self._copy(*job)
                 finally:
                     _UPLOADING.release()
-                delay, retry, self._warned = 1.0, None, False
-                self.status = f"update {job[1]} at {time.strftime('%H:%M:%S')}"
+                delay, retry = 1.0, None
+                self._good, self._failing = (job[1], time.time()), ""
             except Exception as error:  # whatever it is, it must not end the backups
                 self._warn(error)
                 if self._closing and delay > 30:
@@ -2264,11 +2291,10 @@ class Backup:
                     time.sleep(delay)
 
     def _warn(self, error: Exception) -> None:
-        if not self._warned:
+        if not self._failing:
             print(f"WARNING: the backup in {self.folder} fails ({_one_line(error)}); training goes on and it is tried again; "
                   f"last good backup: {self.status}", file=sys.stderr)
-            self.status += f", failing since {time.strftime('%H:%M:%S')}"
-        self._warned = True
+            self._failing = f", failing since {time.strftime('%H:%M:%S')}"
 
     def _copy(self, checkpoint: Path, update: int, files: Sequence[Path]) -> None:
         _check_mounted(self.folder)
@@ -2839,12 +2865,33 @@ def before_after(left: Tensor, right: Tensor, names: tuple[str, str], alt: str):
                                      names=[html.escape(name) for name in names]))
 
 
+def write_comparison(store: FaceStore, generator: Generator, config: Config, folder: Path, split: str = "test",
+                     count: int | None = None, with_lpips: bool = False, errors: bool = False) -> dict:
+    """Measure `generator` on `count` faces of `split` (default: all, at most 2,000). Leaves panels.png, scores.png, metrics.csv
+    (see `evaluate`) and metrics.json in `folder`; returns what that holds (see `summarise`)."""
+    indices = store.indices(split)
+    count = min(len(indices), count or 2000)
+    chosen = indices[[i * len(indices) // count for i in range(count)]]
+    rows = evaluate(generator, config, store, chosen, with_lpips)
+    with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = summarise(rows, config, split)
+    _write_atomically(folder / "metrics.json", (json.dumps(summary, indent=1) + "\n").encode())
+    shown = chosen[[i * len(chosen) // min(4, len(chosen)) for i in range(min(4, len(chosen)))]]
+    comparison_figure(generator, config, store.faces(shown), errors=errors).savefig(folder / "panels.png", dpi=100)
+    scores_figure(rows).savefig(folder / "scores.png", dpi=100)
+    return summary
+
+
 def history_figure(path: str | Path):
     """The losses of a run's history.csv, a matplotlib Figure: one panel for the generator, one for the discriminator."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure = _figure(12, 3, "losses of the generator and of the discriminator over the updates")
-    for ax, names in zip(figure.subplots(1, 2), (("pixel", "content", "adversarial"), ("d_loss", "d_real", "d_fake"))):
+    panels = {"generator": ("pixel", "content", "adversarial"), "discriminator": ("d_loss", "d_real", "d_fake")}
+    for ax, (title, names) in zip(figure.subplots(1, 2), panels.items()):
         for name in names:
             points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
             if points:
@@ -2852,7 +2899,7 @@ def history_figure(path: str | Path):
                 width = max(1, len(values) // 200)  # a running mean, or noise hides the trend
                 smooth = np.convolve(values, np.ones(width) / width, mode="valid")
                 ax.plot(steps[width - 1:], smooth, label=name)
-        ax.set_xlabel("update")
+        ax.set(xlabel="update", title=title)
         if ax.lines:
             ax.legend()
     figure.axes[0].set_yscale("log")  # the losses of the generator differ by orders of magnitude
@@ -3131,7 +3178,8 @@ class Progress:
     seconds_left: float
     sample: Path | None = None     # a strip just drawn
     saved: bool = False            # a checkpoint is being written
-    backup: str = ""               # the state of the backup, if there is one
+    checkpoint: str = ""           # which update the newest complete one holds, and its age
+    backup: str = ""               # the same of the backup, if there is one
     done: bool = False             # nothing more will come
     notes: list[str] = field(default_factory=list)
 
@@ -3149,8 +3197,8 @@ def run_name(config: Config, store: FaceStore) -> str:
     return f"{config.preset_name}-x{config.scale}-{told}"
 
 
-def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minutes: float) -> Config:
-    """`config` with its stages shortened or lengthened, in proportion, to fill `minutes`, by timing some updates."""
+def _seconds_per_update(config: Config, store: FaceStore, device: torch.device) -> tuple[float, float]:
+    """What an update of pre-training and an adversarial one take here, by timing some; 0 for a stage that `config` lacks."""
     warm, timed = 2, 4
     stages = {name: warm + timed for name in ("pretrain_steps", "steps") if getattr(config, name)}
     trial = replace(config, compile=False, **stages)
@@ -3165,10 +3213,17 @@ def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minu
             with _ordered("update", number):
                 _updates(state, store, number)
         seconds.append((time.perf_counter() - begun) / timed if count else 0.0)
-    one_round = config.pretrain_steps * seconds[0] + config.steps * seconds[1]
-    factor = minutes * 60 * 0.96 / max(one_round, 1e-9)  # the rest goes into samples and checkpoints
-    fitted = [max(1, int(count * factor)) if count else 0 for count in (config.pretrain_steps, config.steps)]
-    return replace(config, pretrain_steps=fitted[0], steps=fitted[1], decay_steps=fitted[1])
+    return tuple(seconds)
+
+
+_UPDATING = 0.96  # of a run's time; the rest goes into samples and checkpoints
+
+
+def _fit_to_minutes(config: Config, store: FaceStore, device: torch.device, minutes: float) -> Config:
+    """`config` with its stages shortened or lengthened, in proportion, to fill `minutes`, by timing some updates."""
+    pretrain, adversarial = _seconds_per_update(config, store, device)
+    whole = config.pretrain_steps * pretrain + config.steps * adversarial
+    return config.lasting(int(config.total_steps * minutes * 60 * _UPDATING / max(whole, 1e-9)))
 
 
 def _require_same_run(place: Path, record: dict, store: FaceStore, config: Config) -> None:
@@ -3196,7 +3251,7 @@ def _open_run(folder: Path, record: dict | None, store: FaceStore, preset: str |
         config = Config.recorded((old if isinstance(old, dict) else {}) | given).for_faces(len(store.indices("train")))
         _require_same_run(folder, record, store, config)
         if for_minutes:
-            notes.append(f"the run keeps its own length, {config.total_steps} updates; --for-minutes sets that of new runs only")
+            notes.append(f"the run keeps its own length, {config.total_steps:,} updates; minutes set that of new runs only")
     else:
         config = Config.preset("sharp" if preset is None else preset, **changes).for_faces(len(store.indices("train")))
     if config.batch_size % _ranks():
@@ -3239,6 +3294,7 @@ class _Run:
         self.deadline = self.began + max_minutes * 60 if max_minutes else math.inf
         self.seconds_before, self.pace = 0.0, {}
         self.saved_update, self.losses = -1, {}
+        self.kept: tuple[int, float] | None = None               # the newest checkpoint on disk, and when it was written
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writes checkpoints while training goes on
         self.between = True                                      # two updates, that is: what is in memory is whole
         part = "validation" if (store.split == 1).any() else "train"
@@ -3258,6 +3314,8 @@ class _Run:
         _write_atomically(self.folder / "history.csv", history)  # drops rows that would come twice
         self.saved_update = saved["update"]
         path = _checkpoint_path(self.folder / "ckpt", self.saved_update)
+        if path.exists():
+            self.kept = self.saved_update, path.stat().st_mtime
         if self.backup and path.exists() and _backup_update(self.backup.folder) != self.saved_update:
             self._back_up(path)  # the process that saved it did not live to do that
 
@@ -3319,6 +3377,7 @@ class _Run:
     def _write(self, content: dict) -> None:
         path = save_checkpoint(self.folder / "ckpt", content)
         self.saved_update = content["update"]
+        self.kept = self.saved_update, time.time()
         if self.backup:
             self._back_up(path)
 
@@ -3422,13 +3481,16 @@ class _Run:
         self.between = True
         images_per_second = config.batch_size / self.pace.get(stage, math.inf)
         return Progress(state.update, config.total_steps, stage, self.losses, images_per_second, self._seconds_left(), sample,
-                        saved, self.backup.status if self.backup else "", done)
+                        saved, _age(self.kept, "none yet"), self.backup.status if self.backup else "", done)
 
 
-def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, backup: Path | None,
-           max_minutes: float | None, for_minutes: float | None) -> tuple[_Run, list[str]]:
-    """The run in `folder`, new or continued, ready to advance, and what there is to say about it."""
-    device, path, theirs = pick_device(), folder / "config.json", None
+def _look_up(folder: Path, store: FaceStore, preset: str | None, changes: dict, backup: Path | None,
+             for_minutes: float | None) -> tuple[Config, dict | None, bool, list[str]]:
+    """The config of the run in `folder`, its newest checkpoint if it has one, whether it is new, and what there is to say.
+
+    Raises what `train` raises for a run that it refuses.
+    """
+    path, theirs = folder / "config.json", None
     if backup:
         _check_mounted(backup)
         with contextlib.suppress(OSError, _Damaged):  # none, or half-written: then the slots tell
@@ -3438,15 +3500,30 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
         record = _read_sealed(path, _FORMAT, "delete this file, and the run continues with what its checkpoint says")
     else:
         record = theirs or saved
-    config, notes = _open_run(folder, record, store, preset, changes, device, for_minutes)
+    config, notes = _open_run(folder, record, store, preset, changes, pick_device(), for_minutes)
     for place, other in ((backup, theirs), (folder / "ckpt", saved)):
         if other:
             _require_same_run(place, other, store, config)
-    size, there = _checkpoint_bytes(config), sum(each.stat().st_size for each in (folder / "ckpt").glob("*"))
-    _check_space(folder, 2 * size - there, "two checkpoints")
+    return config, saved, not record, notes
+
+
+def _check_run_space(folder: Path, config: Config) -> None:
+    """OSError if the disk of `folder`, which need not exist yet, has no room for the two checkpoints that a run keeps there."""
+    there = sum(each.stat().st_size for pattern in ("ckpt/*", "slot_?.pt") for each in folder.glob(pattern))
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    _check_space(place, 2 * _checkpoint_bytes(config) - there, "two checkpoints")
+
+
+def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, backup: Path | None,
+           max_minutes: float | None, for_minutes: float | None) -> tuple[_Run, list[str]]:
+    """The run in `folder`, new or continued, ready to advance, and what there is to say about it."""
+    device, path = pick_device(), folder / "config.json"
+    config, saved, new, notes = _look_up(folder, store, preset, changes, backup, for_minutes)
+    _check_run_space(folder, config)
+    size = _checkpoint_bytes(config)
     copies = Backup(backup, size) if backup else None
     print(f"checkpoints of {_size(size)} each: the newest two in {folder / 'ckpt'}{f' and in {backup}' if backup else ''}")
-    if for_minutes and not record:
+    if for_minutes and new:
         config = replace(config, compile=config.compile or False)  # compiling takes minutes of those
         config = _fit_to_minutes(config, store, device, for_minutes)
     if config.compile is None:
@@ -3466,7 +3543,7 @@ def _begin(folder: Path, store: FaceStore, preset: str | None, changes: dict, ba
         run.resume(saved)
         with _ordered("load", saved):
             pass
-        notes.append(f"continues at update {saved['update']} of {config.total_steps}")
+        notes.append(f"continues at update {saved['update']:,} of {config.total_steps:,}")
     else:
         (folder / "history.csv").unlink(missing_ok=True)  # rows of updates that no checkpoint holds
     return run, notes
@@ -3522,6 +3599,51 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
                 raise ValueError(f"{folder} is trained by a newer call of train()")
 
 
+_COLAB_HOURS = 12  # after which Colab ends a session of those who do not pay
+
+
+def _time_warning(seconds: float, minutes: float | None, backup: Path | None) -> str:
+    """What there is to say of a run that needs `seconds` more, if that is more than there are; else nothing."""
+    hours = _COLAB_HOURS * 3600 if in_colab() else math.inf
+    if minutes and seconds > minutes * 60:
+        return (f"WARNING: {_duration(minutes * 60)} do not suffice: it will save and stop after about "
+                f"{100 * minutes * 60 / seconds:.0f} % of that; train again to continue, or choose fewer epochs")
+    if seconds > hours:
+        return (f"WARNING: Colab ends a session after {_COLAB_HOURS} h at most: " +
+                ("run the notebook again then, and it continues" if backup else "without a backup on Drive all is lost then"))
+    return ""
+
+
+def forecast(store: FaceStore, folder: str | Path, preset: str | None = None, changes: dict | None = None, *,
+             backup: str | Path | None = None, max_minutes: float | None = None, for_minutes: float | None = None) -> str:
+    """What `train` with the same arguments will do and cost, from timing a few updates, and warnings: where the time given,
+    Colab's session or the disks do not suffice. Writes nothing; raises what `train` raises for a run that it refuses.
+    """
+    folder, backup = Path(folder), Path(backup) if backup else None
+    config, saved, new, _ = _look_up(folder, store, preset, changes or {}, backup, None)
+    done, total = saved["update"] if saved else 0, config.total_steps
+    lines = [f"continues at update {done:,} of {total:,}" if saved else "starts a new run"]
+    if saved and done >= total:
+        return f"finished: all {total:,} updates are done"
+    if new and for_minutes:
+        lines[0] += f" of {_duration(for_minutes * 60)}; its length is set by timing the first updates"
+        seconds = for_minutes * 60
+    else:
+        pretrain, adversarial = _seconds_per_update(config, store, pick_device())
+        before = max(0, config.pretrain_steps - done)
+        seconds = (before * pretrain + (total - max(done, config.pretrain_steps)) * adversarial) / _UPDATING
+        device = environment()["device"]
+        lines[0] += f"{f': {total:,} updates' * (not saved)}, about {_duration(seconds)} on this {device.replace('cpu', 'CPU')}"
+    lines.append(f"2 checkpoints of {_size(_checkpoint_bytes(config))} here{' and on Drive' * bool(backup)}")
+    lines.append(_time_warning(seconds, max_minutes, backup))
+    for place in filter(None, (folder, backup)):
+        try:
+            _check_run_space(place, config)
+        except OSError as error:
+            lines.append(f"WARNING: {error}")
+    return "\n".join(filter(None, lines))
+
+
 # --- The report, reproduced
 
 _FIRST_BATCHES = 10  # after which the report showed its first panels
@@ -3535,7 +3657,7 @@ def _report_stages(config: Config, faces: int) -> dict[str, int]:
     return first | {f"epoch {end // epoch}" if end % epoch == 0 else f"{end} batches": end for end in ends}
 
 
-def _minutes_until(run: Path, update: int) -> float:
+def minutes_until(run: Path, update: int) -> float:
     """How long the run in `run` had trained when it had done `update` updates."""
     with open(run / "history.csv", newline="", encoding="utf-8") as file:
         return next(float(row["seconds"]) / 60 for row in csv.DictReader(file) if int(row["step"]) == update)
@@ -3575,11 +3697,11 @@ def reproduce_report(store: FaceStore, folder: str | Path, changes: dict | None 
             yield from train(store, folder / "report", "report", fixed | {"steps": steps})
         if not path.exists():
             shutil.copyfile(folder / "report" / "generator.safetensors", path)
-        kept[f"report, {name}"] = path, _minutes_until(folder / "report", steps)
+        kept[f"report, {name}"] = path, minutes_until(folder / "report", steps)
     run, view = folder / f"sharp-{steps:06}", {"scale": config.scale, "crop": config.crop, "hr_size": config.hr_size}
     for event in train(store, run, "sharp", view, for_minutes=kept[f"report, {name}"][1]):
         yield event
-    kept["sharp"] = run / "generator.safetensors", _minutes_until(run, event.total)
+    kept["sharp"] = run / "generator.safetensors", minutes_until(run, event.total)
     _write_reproduction(folder, store, config, kept)
 
 
@@ -3652,23 +3774,199 @@ def progress_bar(events: Iterator[Progress]) -> Iterator[Progress]:
             yield event
 
 
+def _handle_clicks() -> None:
+    """Let widgets answer what was clicked while this cell has kept the kernel busy; other messages wait for its end, in order.
+
+    ipykernel 6 (Colab's) has a stream of all messages, 7 one to its main thread. Where a kernel has neither, or its front end
+    sends nothing meanwhile (VS Code's), a click is answered when the cell ends.
+    """
+    kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None)
+    try:
+        channel = getattr(kernel, "shell_channel_thread", None)
+        stream = channel.manager._shell_channel_to_main.to_stream if channel else kernel.shell_stream
+        usual = stream._recv_callback
+    except AttributeError:
+        return
+
+    def sort(frames):
+        _, parts = kernel.session.feed_identities(frames, copy=False)
+        if json.loads(bytes(parts[1]))["msg_type"] != "comm_msg":
+            return usual(frames)
+        kernel.comm_manager.comm_msg(stream, None, kernel.session.deserialize(parts, copy=False))
+
+    stream.on_recv(sort, copy=False)
+    try:
+        stream.flush(1)  # zmq.POLLIN
+    finally:
+        stream.on_recv(usual, copy=False)
+
+
+def _picture(png: bytes, alt: str) -> str:
+    """An <img> that keeps its place while it is replaced: of the PNG's own size or as wide as there is room."""
+    width, height = (int.from_bytes(png[start:start + 4]) for start in (16, 20))
+    return _img(png, alt, f"width: min(100%, {width}px); aspect-ratio: {width} / {height}; background: white")
+
+
 class Dashboard:
-    """Loss curves and the newest sample strip of a run, redrawn in place in a notebook: call `show(event)` for each event."""
+    """A run in training as a panel that is redrawn in place: `for event in Dashboard(run).watch(train(...))`.
+
+    A progress line, a button that saves and ends, the age of checkpoint and backup, loss curves, the newest sample strip.
+    It is of widgets where there are ipywidgets, else without the button. At the end it turns into a picture of its last state,
+    which stays in the notebook.
+    """
 
     def __init__(self, folder: str | Path):
-        self.folder, self._handles = Path(folder), {}
+        self.folder, self.stopping = Path(folder), False
+        self._html = dict.fromkeys(("note", "progress", "kept", "curves", "strip"), "")
+        self._text = "training begins"
+        self._widgets, self._button, self._box, self._handle = {}, None, None, None
+        self._due = self._curves_due = 0.0
+
+    def stop(self, *_) -> None:
+        """What the button does: `watch` ends, and the run is saved, when the update under way is whole."""
+        self.stopping = True
+        if self._button:
+            self._button.disabled = True
+
+    def watch(self, events: Iterator[Progress]) -> Iterator[Progress]:
+        """Pass on what `train` yields and show it, until it ends or the button is pressed, which saves."""
+        event = None
+        self._open()
+        try:
+            with contextlib.closing(events):
+                for event in events:
+                    self.show(event)
+                    yield event
+                    _handle_clicks()
+                    if self.stopping:
+                        self._say("Stopping: the run is being saved.")
+                        self._refresh()
+                        break
+        finally:
+            self._close(event)
 
     def show(self, event: Progress) -> None:
-        """Redraw if `event` brought a new sample strip."""
-        from IPython.display import Image, display
+        """Bring the panel up to date: at most once a second, the curves for at most a twentieth of the time."""
+        now, text = time.perf_counter(), html.escape
+        if event.notes:
+            self._html["note"] = f"<div>{text('; '.join(event.notes))}</div>"
+        sample = event.sample or max((self.folder / "samples").glob("*.png"), default=None)
+        if sample and (event.sample or not self._html["strip"]):
+            alt = f"samples of {sample.stem}, a row for each face: LR, bicubic, the network's output, HR"
+            self._html["strip"] = _picture(sample.read_bytes(), alt)
+        if event.sample or now > self._curves_due:
+            self._draw_curves(event)
+            self._curves_due = time.perf_counter() + max(5, 20 * (time.perf_counter() - now))
+        losses = "".join(f", {name} {value:.3g}" for name, value in event.losses.items() if name in ("pixel", "d_loss"))
+        self._say(f"{event.stage}: update {event.step:,} of {event.total:,}, {event.images_per_second:.0f} img/s, "
+                  f"{_duration(event.seconds_left)} left{losses}")
+        self._html["progress"] += (f'<progress value="{event.step}" max="{event.total}" aria-label="updates done" '
+                                   'style="width: 100%"></progress>')
+        backup = f"; backup: {event.backup}" if event.backup else "; no backup"
+        self._html["kept"] = f"<div>checkpoint: {text(event.checkpoint + backup)}</div>"
+        if now > self._due or event.sample or event.done:
+            self._refresh()
 
-        if event.sample is None:
-            return
-        for name, item in (("curves", history_figure(self.folder / "history.csv")), ("strip", Image(filename=str(event.sample)))):
-            if name in self._handles:
-                self._handles[name].update(item)
-            else:
-                self._handles[name] = display(item, display_id=True)
+    def _draw_curves(self, event: Progress) -> None:
+        if (self.folder / "history.csv").exists():
+            figure = history_figure(self.folder / "history.csv")
+            self._html["curves"] = _picture(_png(figure), f"loss curves up to update {event.step}")
+
+    def _say(self, text: str) -> None:
+        self._text, self._html["progress"] = text, f'<div role="status">{html.escape(text)}</div>'
+
+    def _open(self) -> None:
+        from IPython.display import display
+
+        bundle = {"text/plain": self._text}
+        try:
+            import ipywidgets
+        except ImportError:
+            pass
+        else:
+            self._button = ipywidgets.Button(description="Stop and save", icon="stop", tooltip="saves, then ends this cell")
+            self._button.on_click(self.stop)
+            self._widgets = {name: ipywidgets.HTML() for name in self._html}
+            first, *others = self._widgets.values()
+            self._box = ipywidgets.VBox([first, self._button, *others])
+            bundle["application/vnd.jupyter.widget-view+json"] = {  # display(box) has no handle in ipywidgets 7
+                "version_major": 2, "version_minor": 0, "model_id": self._box.model_id}
+        self._handle = display(bundle, raw=True, display_id=True)
+
+    def _refresh(self) -> None:
+        self._due = time.perf_counter() + (1 if self._widgets else 5)  # without widgets, the pictures travel each time
+        for name, widget in self._widgets.items():
+            widget.value = self._html[name]  # which sends only what has changed
+        if not self._widgets:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Show the last state as plain HTML."""
+        if self._handle:  # a script has none
+            self._handle.update({"text/html": "".join(self._html.values()), "text/plain": self._text}, raw=True)
+
+    def _close(self, event: Progress | None) -> None:
+        """Say how it ended, which the newest checkpoint tells, in a picture that needs no kernel."""
+        kept = max((self.folder / "ckpt").glob("update-*.pt"), default=None)
+        if event and kept:
+            update = int(kept.stem.removeprefix("update-"))
+            ended, saved = update >= event.total, f"saved at {time.strftime('%H:%M', time.localtime(kept.stat().st_mtime))}"
+            self._say(f"Finished: {update:,} updates, {saved}." if ended else
+                      f"Stopped at update {update:,} of {event.total:,}, {saved}. Run this cell again to continue.")
+            self._html["kept"] = ""
+            self._draw_curves(event)
+        self._freeze()
+        for widget in filter(None, (self._box, self._button, *self._widgets.values())):
+            widget.close()
+
+
+def export_zip(folder: str | Path) -> Path:
+    """Pack what one keeps of the run in `folder` into a zip there, and return it: the networks, panels.png and metrics if they
+    were made, losses, config. FileNotFoundError if nothing is trained yet."""
+    folder = Path(folder)
+    names = ("generator.safetensors", "pretrained.safetensors", "panels.png", "metrics.json", "metrics.csv", "history.csv",
+             "config.json")
+    if not (folder / names[0]).exists():
+        raise FileNotFoundError(f"{folder} has no generator yet: train first")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            if (folder / name).exists():
+                archive.write(folder / name, name)
+    target = folder / f"{folder.name}.zip"
+    _write_atomically(target, packed.getvalue())
+    return target
+
+
+def export_button(folder: str | Path):
+    """A button that makes the zip of `export_zip` and hands it over: Colab's download there, elsewhere a link. Without
+    ipywidgets, the link."""
+    from IPython.display import FileLink, display
+
+    try:
+        import ipywidgets
+    except ImportError:
+        return FileLink(os.path.relpath(export_zip(folder)))
+    button, place = ipywidgets.Button(description="Export as zip", icon="download"), ipywidgets.Output()
+
+    def export(_):
+        place.clear_output()
+        with place:
+            try:
+                path = export_zip(folder)
+            except OSError as error:
+                print(error)
+                return
+            print(f"{path.name}, {_size(path.stat().st_size)}: {', '.join(zipfile.ZipFile(path).namelist())}")
+            if not in_colab():
+                display(FileLink(os.path.relpath(path)))
+        if in_colab():
+            from google.colab import files
+
+            files.download(str(path))
+
+    button.on_click(export)
+    return ipywidgets.VBox([button, place])
 
 
 def uploaded_files(widget) -> list[tuple[str, bytes]]:
@@ -4120,25 +4418,6 @@ def _train_command(args: argparse.Namespace) -> None:
     print(f"{folder}: {stopped if event.step < event.total else 'finished'}; generator.safetensors is the network to use")
 
 
-def _write_comparison(store: FaceStore, generator: Generator, config: Config, folder: Path, split: str = "test",
-                      count: int | None = None, with_lpips: bool = False, errors: bool = False) -> dict:
-    """panels.png, scores.png, metrics.csv and metrics.json in `folder`; returns the summary."""
-    indices = store.indices(split)
-    count = min(len(indices), count or 2000)
-    chosen = indices[[i * len(indices) // count for i in range(count)]]
-    rows = evaluate(generator, config, store, chosen, with_lpips)
-    with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    summary = summarise(rows, config, split)
-    _write_atomically(folder / "metrics.json", (json.dumps(summary, indent=1) + "\n").encode())
-    shown = chosen[[i * len(chosen) // min(4, len(chosen)) for i in range(min(4, len(chosen)))]]
-    comparison_figure(generator, config, store.faces(shown), errors=errors).savefig(folder / "panels.png", dpi=100)
-    scores_figure(rows).savefig(folder / "scores.png", dpi=100)
-    return summary
-
-
 def _compare_command(args: argparse.Namespace) -> None:
     view, count = _given(argparse.Namespace(set=args.set)), _number("count", args.count, int)
     if set(view) - {"crop", "hr_size"}:
@@ -4150,7 +4429,7 @@ def _compare_command(args: argparse.Namespace) -> None:
     folder = _writable(Path(args.out))
     print(f"weights: {path}")
     view_config = replace(config, **view)
-    print(results_table(_write_comparison(store, generator, view_config, folder, args.split, count, args.lpips, args.errors)))
+    print(results_table(write_comparison(store, generator, view_config, folder, args.split, count, args.lpips, args.errors)))
     files = "panels.png, scores.png, metrics.csv and metrics.json"
     if args.run and (Path(args.run) / "history.csv").exists():
         history_figure(Path(args.run) / "history.csv").savefig(folder / "curves.png", dpi=100)
@@ -4218,7 +4497,7 @@ def _demo_command(args: argparse.Namespace) -> None:
     for _ in progress_bar(train(store, folder, "demo", max_minutes=4)):
         pass
     generator, config, _ = load_generator(folder / "generator.safetensors")
-    print(results_table(_write_comparison(store, generator, config, folder)))
+    print(results_table(write_comparison(store, generator, config, folder)))
     print(f"{folder / 'panels.png'} shows it; the whole way took {time.perf_counter() - began:.0f} s")
 
 

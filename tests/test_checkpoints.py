@@ -182,7 +182,7 @@ def test_the_manifest_comes_last(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     failing = backed_up(tmp_path / "b", 2)
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["update"] == 1
-    assert failing.status.startswith("no backup yet, failing since")
+    assert failing.status.startswith("update 1, ") and "ago, failing since" in failing.status
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", '{"slot": "other", "update": 3}'])
