@@ -2631,7 +2631,7 @@ def results_table(summary: dict) -> str:
 
 def _img(png: bytes, alt: str, style: str = "max-width: 100%; background: white") -> str:
     """An HTML <img> that holds its own pixels, with alternative text for those who cannot see it."""
-    return f'<img alt="{html.escape(alt)}" style="{style}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _png(figure) -> bytes:
@@ -3802,7 +3802,7 @@ def _handle_clicks() -> None:
 
 
 def _picture(png: bytes, alt: str) -> str:
-    """An <img> that keeps its place while it is replaced: of the PNG's own size or as wide as there is room."""
+    """An <img> that holds its place while another takes over: as large as the PNG, or as wide as there is room."""
     width, height = (int.from_bytes(png[start:start + 4]) for start in (16, 20))
     return _img(png, alt, f"width: min(100%, {width}px); aspect-ratio: {width} / {height}; background: white")
 
@@ -3915,6 +3915,8 @@ class Dashboard:
                       f"Stopped at update {update:,} of {event.total:,}, {saved}. Run this cell again to continue.")
             self._html["kept"] = ""
             self._draw_curves(event)
+        else:
+            self._text = "nothing was trained"
         self._freeze()
         for widget in filter(None, (self._box, self._button, *self._widgets.values())):
             widget.close()
@@ -3957,7 +3959,8 @@ def export_button(folder: str | Path):
             except OSError as error:
                 print(error)
                 return
-            print(f"{path.name}, {_size(path.stat().st_size)}: {', '.join(zipfile.ZipFile(path).namelist())}")
+            with zipfile.ZipFile(path) as archive:
+                print(f"{path.name}, {_size(path.stat().st_size)}: {', '.join(archive.namelist())}")
             if not in_colab():
                 display(FileLink(os.path.relpath(path)))
         if in_colab():

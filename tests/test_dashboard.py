@@ -84,7 +84,7 @@ def test_without_ipywidgets_it_is_a_picture_that_is_replaced(store, tmp_path, di
 def test_a_refused_run_shows_nothing_but_the_error(store, tiny_run, displays):
     with pytest.raises(ValueError, match="was started with scale=4"):
         list(srgan.Dashboard(tiny_run).watch(srgan.train(store, tiny_run, "sharp", {"scale": 2})))
-    assert displays[0][-1]["text/html"] == ""
+    assert displays[0][-1] == {"text/html": "", "text/plain": "nothing was trained"}
 
 
 def test_ages_of_checkpoint_and_backup(store, tmp_path, monkeypatch):
@@ -193,7 +193,8 @@ def test_the_zip_holds_what_one_keeps(store, tiny_run, tmp_path):
                                               "metrics.json", "panels.png", "pretrained.safetensors"]
         assert all(archive.read(name) == (run / name).read_bytes() for name in archive.namelist())
     (run / "pretrained.safetensors").unlink()  # stopped in pre-training
-    assert "pretrained.safetensors" not in zipfile.ZipFile(srgan.export_zip(run)).namelist()
+    with zipfile.ZipFile(srgan.export_zip(run)) as archive:
+        assert "pretrained.safetensors" not in archive.namelist()
 
 
 def test_the_export_button_says_what_is_missing_and_downloads_in_colab(tiny_run, tmp_path, monkeypatch, capsys):
@@ -263,7 +264,7 @@ def test_a_click_reaches_a_busy_kernel_and_the_next_cell_waits(store, tmp_path, 
     cell = (f"for event in srgan.Dashboard({str(tmp_path / 'r')!r}).watch(srgan.train(store, {str(tmp_path / 'r')!r}, 'sharp', "
             f"{LONG!r})): pass")
     client.execute(cell)
-    after = "print('after', event.step, srgan.newest_checkpoint(%r)['update'])" % str(tmp_path / "r" / "ckpt")
+    after = f"print('after', event.step, srgan.newest_checkpoint({str(tmp_path / 'r' / 'ckpt')!r})['update'])"
     client.execute(after)  # Run all has sent the next cell long before the click
     button = wait_for(client, is_button)["content"]["comm_id"]
     wait_for(client, trains)
