@@ -2721,6 +2721,7 @@ def histogram_figure(panels: dict[str, Tensor]):
             ax.hist(channel.flatten().numpy(), 64, histtype="step", color=name, linestyle=line,
                     label=f"{name}: mean {channel.mean():.2f}, deviation {channel.std():.2f}")
         ax.set(title=title, xlabel="value", ylabel="pixels")
+        ax.margins(y=0.6)  # room for the legend
         ax.legend(fontsize=8)
     return figure
 
