@@ -75,7 +75,7 @@ __all__ = [
     "Source", "open_source", "synthetic_face", "split_of", "prepare", "FaceStore",  # 4
     "prepare_faces", "make_pair", "batch_indices", "batch",
     "ResidualBlock", "UpsampleBlock", "icnr_", "Generator", "Discriminator",        # 5
-    "VGGFeatures", "count_parameters", "receptive_radius",
+    "VGGFeatures", "count_parameters", "layer_costs", "receptive_radius",
     "pixel_loss", "feature_loss", "adversarial_loss", "discriminator_loss",         # 6
     "psnr", "ssim", "lpips", "sharpness", "flat_energy", "detail_correlation",      # 7
     "checkerboard_index", "flat_field",
@@ -86,12 +86,13 @@ __all__ = [
     "evaluate", "summarise", "results_table",                                       # 10
     "show_picture", "show_images", "comparison_figure", "stages_figure",            # 11
     "image_strip", "scores_figure", "factor_panels", "panels_figure", "before_after",
-    "write_comparison", "history_figure",
+    "write_comparison", "history_figure", "histogram_figure", "layers_figure",
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
     "update_ema", "Progress", "run_name", "train", "forecast", "minutes_until",
     "reproduce_report", "stages_table",
     "show_source", "shape_walk", "progress_bar", "Dashboard", "export_zip",         # 13
-    "export_button", "uploaded_files", "upload_images", "Explorer",
+    "export_button", "uploaded_files", "upload_images", "contact_sheet",
+    "interactive_picture", "Explorer",
     "main",                                                                         # 14
 ]
 
@@ -1902,6 +1903,28 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@torch.no_grad()
+def layer_costs(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int]]:
+    """Name -> (parameters, multiplications on `x`) of each convolution and dense layer, in the order of reading.
+
+    The last, `all else` (BatchNorm, PReLU, the blur), is what they lack of the model's own totals. torch's `meta` device will do.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    was_training = model.training
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(x)
+    finally:
+        model.train(was_training)
+    counts = {name: sum(by_kind.values()) // 2 for name, by_kind in counter.get_flop_counts().items()}  # 2: and an addition
+    root = type(model).__name__
+    costs = {name: (count_parameters(layer), counts.get(f"{root}.{name}".rstrip("."), 0))
+             for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    totals = count_parameters(model), counts.get(root, 0)
+    return costs | {"all else": tuple(total - sum(each) for total, each in zip(totals, zip(*costs.values())))}
+
+
 def receptive_radius(config: Config) -> int:
     """LR px on each side that a pixel of SR depends on, rounded up: the overlap that tiles need."""
     edge = config.kernel_size // 2
@@ -2659,7 +2682,7 @@ def _figure(width: float, height: float, alt: str):
 def show_images(images: Tensor | Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8, size: float = 1.6):
     """A matplotlib Figure of images, (N, 3, H, W) or N of (3, H, W) of any size, `size` inches each, on one range of colours."""
     rows = math.ceil(len(images) / columns)
-    alt = f"{len(images)} images{': ' * bool(titles)}{'; '.join(titles)}"
+    alt = " ".join(f"{len(images)} images{': ' * bool(titles)}{'; '.join(titles)}".split())
     figure = _figure(size * min(columns, len(images)), (size + 0.25 * bool(titles)) * rows, alt)
     axes = figure.subplots(rows, min(columns, len(images)), squeeze=False).flat
     for ax, image, title in itertools.zip_longest(axes, images, titles):
@@ -2903,6 +2926,36 @@ def history_figure(path: str | Path):
         if ax.lines:
             ax.legend()
     figure.axes[0].set_yscale("log")  # the losses of the generator differ by orders of magnitude
+    return figure
+
+
+def histogram_figure(panels: dict[str, Tensor]):
+    """How often each value occurs in red, green and blue of each of several images (3, H, W): a matplotlib Figure."""
+    ranges = [f"{name}, from {image.min() + 0:.2f} to {image.max():.2f}" for name, image in panels.items()]
+    figure = _figure(4.5 * len(panels), 3, f"histograms of red, green and blue: {'; '.join(ranges)}")
+    for ax, title, image in zip(figure.subplots(1, len(panels), squeeze=False)[0], ranges, panels.values()):
+        for channel, name, line in zip(image.cpu(), ("red", "green", "blue"), ("-", "--", ":")):  # for the colour-blind
+            ax.hist(channel.flatten().numpy(), 64, histtype="step", color=name, linestyle=line,
+                    label=f"{name}: mean {channel.mean():.2f}, deviation {channel.std():.2f}")
+        ax.set(title=title, xlabel="value", ylabel="pixels")
+        ax.margins(y=0.6)  # room for the legend
+        ax.legend(fontsize=8)
+    return figure
+
+
+def layers_figure(model: nn.Module, x: Tensor):
+    """Parameters and multiplications of each layer of `model` on `x` (see `layer_costs`) as bars: a matplotlib Figure."""
+    costs = layer_costs(model, x)
+    totals = [max(1, sum(values)) for values in zip(*costs.values())]
+    told = "; ".join(f"{name} {own / totals[0]:.0%} and {count / totals[1]:.0%}" for name, (own, count) in costs.items())
+    figure = _figure(9, 0.8 + 0.2 * len(costs), f"each layer's share of the parameters and of the multiplications: {told}")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, values, total, title in zip(axes, zip(*costs.values()), totals, ("parameters", "multiplications")):
+        bars = ax.barh(list(costs), values)
+        ax.bar_label(bars, [f" {value / total:.0%}" for value in values], fontsize=8)
+        ax.set(title=f"{total:,} {title}", xlim=(0, 1.15 * max(1, *values)), xticks=[])
+    axes[0].tick_params(labelsize=8)
+    axes[0].invert_yaxis()
     return figure
 
 
@@ -4003,6 +4056,61 @@ def upload_images(folder: str | Path):
 
     widget.observe(save, names="value")
     return widget
+
+
+def _tile(image, caption: str) -> str:
+    """One picture of a contact sheet as HTML: a Pillow image, or a frame where there is None to show, and its caption."""
+    if image is None:
+        shown = '<div style="height: 6em; box-sizing: border-box; border: 1px dashed; padding: 2em 0.3em 0">cannot be shown</div>'
+    else:
+        image.thumbnail((128, 128))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        shown = _img(buffer.getvalue(), caption, "width: 100%; height: 6em; object-fit: contain")
+    return (f'<figure style="margin: 0; width: 8em; overflow-wrap: anywhere">{shown}'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+
+
+def contact_sheet(store: FaceStore, left_out: bool = False, count: int = 24):
+    """`count` faces of `store`, spread evenly over their names, with name and part of the split, for display in a notebook.
+
+    left_out: what was left out instead, each with the reason, and with its picture where the source is still there and it
+    can be decoded.
+    """
+    from IPython.display import HTML
+    from PIL import Image
+
+    total = len(store.left_out) if left_out else len(store)
+    if not total:
+        return HTML("<p>Nothing was left out.</p>")
+    tiles, count = [], min(count, total)
+    if left_out:
+        read = None
+        with contextlib.suppress(OSError, ValueError):  # the source may be gone
+            read = open_source(store.source).read
+        for name, why in store.left_out[:count]:
+            try:
+                image = _on_white(read(name))
+            except Exception:  # decoders and zipfile raise all kinds on damage
+                image = None
+            tiles.append(_tile(image, _one_line(f"{name[:80]}: {why}")))
+    else:
+        chosen = [i * total // count for i in range(count)]
+        for index, pixels in zip(chosen, store.faces(chosen).permute(0, 2, 3, 1).numpy()):
+            enlarged = ", enlarged" * (store.names[index] in store.enlarged)
+            caption = f"{store.names[index][:80]}, {_SPLITS[store.split[index]]}{enlarged}"
+            tiles.append(_tile(Image.fromarray(pixels), _one_line(caption)))
+    title = f"{count} of {total:,} {'left out' if left_out else 'accepted'}"
+    return HTML(f'<p>{title}</p><div style="display: flex; flex-wrap: wrap; gap: 0.8em">{"".join(tiles)}</div>')
+
+
+def interactive_picture(draw: Callable, control):
+    """`control` (of ipywidgets) above what `draw(control.value)` makes (a figure, HTML), made anew in place at each change."""
+    import ipywidgets
+
+    picture = ipywidgets.HTML(draw(control.value)._repr_html_())
+    control.observe(lambda change: setattr(picture, "value", draw(change["new"])._repr_html_()), names="value")
+    return ipywidgets.VBox([control, picture])
 
 
 # --- The upscale factor by hand

@@ -69,13 +69,6 @@ def test_all_notebooks_share_one_set_up_cell_before_anything_else():
     assert len(first) == 1 and "import srgan_utils as srgan" in first.pop()
 
 
-@each_notebook
-def test_form_defaults_are_among_their_options(path):
-    for source in cells(path):
-        for name, default, options in re.findall(r"(?m)^(\w+) = (.+?)\s+#@param (\[.*?\])", source):
-            assert ast.literal_eval(default) in ast.literal_eval(options), name
-
-
 def test_badges_and_set_up_cells_agree_with_the_one_address():
     owner_and_name = srgan.REPOSITORY
     pages = [(path.stem, cells(path, "markdown")[0]) for path in NOTEBOOKS]
@@ -97,6 +90,88 @@ def test_the_fork_command_in_the_readme_renames_everything(tmp_path):
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     text = "".join(path.read_text() for path in [tmp_path / "srgan_utils.py", *(tmp_path / "notebooks").glob("*.ipynb")])
     assert srgan.REPOSITORY not in text and 'REPOSITORY = "YOU/YOUR-REPOSITORY"' in text
+
+
+# --- What every notebook keeps to, read from its source alone
+
+
+def markdown(path: Path) -> list[str]:
+    return cells(path, "markdown")
+
+
+@each_notebook
+def test_notebook_begins_with_what_it_gives_how_long_it_takes_and_what_it_needs(path):
+    badge, opening = markdown(path)[:2]
+    assert re.search(rf'href="https://[^"]+/notebooks/{path.name}"', badge) and "alt=" in badge
+    assert re.match(r"# \d · ", opening)
+    for promise in ("**You will**", "**It takes**", "**It needs**"):
+        assert promise in opening, promise
+
+
+@each_notebook
+def test_headings_are_numbered_in_order(path):
+    lines = [line for text in markdown(path) for line in re.sub(r"(?s)```.*?```", "", text).splitlines()]
+    assert sum(line.startswith("# ") for line in lines) == 1
+    found = [line.split(" ")[1] for line in lines if line.startswith("## ")]
+    assert found == [f"{int(path.stem[:2])}.{number}" for number in range(1, len(found) + 1)]
+
+
+@each_notebook
+def test_no_cell_is_longer_than_a_screen(path):
+    """A form hides its code, and the set-up cell is one for all; the rest is there to be read."""
+    for cell in [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"][1:]:
+        most = 30 if cell["metadata"].get("cellView") == "form" else 15
+        assert len(cell["source"]) <= most, f"{cell['id']}: {len(cell['source'])} lines"
+
+
+@each_notebook
+def test_cells_have_ids_of_their_own(path):
+    ids = [cell.get("id") for cell in json.loads(path.read_text())["cells"]]
+    assert all(ids) and len(set(ids)) == len(ids)
+
+
+@each_notebook
+def test_set_up_comes_before_the_first_use(path):
+    sources = cells(path)
+    first = next(number for number, source in enumerate(sources) if "srgan." in source or "srgan_utils" in source)
+    assert first == 0 and "import srgan_utils as srgan" in sources[0]
+
+
+@each_notebook
+def test_notebook_asks_colab_for_nothing_that_breaks_it(path):
+    """No package replaced, no name that ipywidgets 7 lacks, no dialog outside the module, which guards it."""
+    text = "\n".join(cells(path))
+    assert not re.search(r"pip.*install.*(?: -U|--upgrade|==)", text)
+    newer = r"TagsInput|ColorsInput|FloatsInput|IntsInput|DatetimePicker|\bStack\(|border_(?:top|right|bottom|left)|tooltip="
+    assert not re.search(newer, text)
+    assert not re.search(r"drive\.mount|files\.upload|google\.colab", text)
+
+
+@each_notebook
+def test_form_fields_parse_and_their_defaults_are_possible(path):
+    kinds = {"raw": object, "string": str, "boolean": bool, "integer": int, "number": (int, float), "slider": (int, float)}
+    for source in cells(path):
+        for line in filter(lambda line: "#@param" in line, source.splitlines()):
+            default, choices, about = re.fullmatch(r"\w+ = (.+?) +#@param ?(\[.*?\])? ?(\{.*\})?", line).groups()
+            value = ast.literal_eval(default)
+            about = json.loads(re.sub(r"([\w-]+):", r'"\1":', about or "{}"))
+            assert choices or about, line
+            assert not choices or value in ast.literal_eval(choices), line
+            assert isinstance(value, kinds[about.get("type", "raw")]), line
+            if about.get("type") == "slider":
+                assert about["min"] <= value <= about["max"] and about["step"] > 0, line
+
+
+@each_notebook
+def test_pictures_in_texts_have_alternative_text(path):
+    for text in markdown(path):
+        assert all(re.search(r'alt="[^"]+"', tag) for tag in re.findall(r"<img [^>]*>", text))
+        assert not re.search(r"!\[\s*\]\(", text)
+
+
+@each_notebook
+def test_notebook_names_no_place_on_somebodys_machine(path):
+    assert not re.search(r"/(?:work|home|root|tmp|Users|mnt)/|[A-Z]:\\\\|localhost", path.read_text())
 
 
 @pytest.fixture(scope="session")
