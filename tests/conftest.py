@@ -1,5 +1,7 @@
 """What several test files need: a small store of synthetic faces, and tiny networks."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,6 +12,16 @@ torch.set_num_threads(1)  # for networks as small as these, threads cost more th
 # Seconds instead of minutes: one block, few channels, 32-px faces
 TINY = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32",
         "pretrain_steps": 3, "steps": 3, "ramp_steps": 2, "warmup_steps": 2, "save_steps": 2, "sample_steps": 3}
+
+
+def fill_in(notebook, **form) -> None:
+    """Change fields of a notebook's forms, as a person would."""
+    for name, value in form.items():
+        found = 0
+        for cell in notebook.cells:
+            cell.source, count = re.subn(rf"(?m)^{name} = .+?(?=  #@param)", f"{name} = {value!r}", cell.source)
+            found += count
+        assert found == 1, f"{found} fields are called {name}"
 
 
 @pytest.fixture(scope="session")
