@@ -4674,4 +4674,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if distributed.is_torchelastic_launched():  # gloo's threads abort a process that exits the long way, now and then
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
