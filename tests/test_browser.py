@@ -84,7 +84,8 @@ def server(tmp_path_factory):
     folder, port, token = place / "srgan-celeba", open_port(), secrets.token_hex(16)
     project_in(folder)
     own = {f"JUPYTER_{name}_DIR": str(place / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    environment = os.environ | own | {"IPYTHONDIR": str(place / "ipython"), "TORCH_HOME": str(place / "torch")}
+    environment = os.environ | own | {"IPYTHONDIR": str(place / "ipython"), "TORCH_HOME": str(place / "torch"),
+                                      "OMP_NUM_THREADS": "1"}  # more would fight with the browser's on two cores
     command = [sys.executable, "-m", "jupyterlab" if LAB else "notebook", "--no-browser", "--allow-root", "--ip=127.0.0.1",
                f"--port={port}"]
     command += [f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True"] if LAB else [f"--NotebookApp.token={token}"]
@@ -162,6 +163,15 @@ class Person:
             return notebook.scrollToItem(notebook.widgets.findIndex(c => c.model.sharedModel.source.includes(code)), 'start') }""" if LAB
             else "code => Jupyter.notebook.get_cells().find(c => c.get_text().includes(code)).element[0].scrollIntoView()", code)
 
+    def find(self, code: str, item, patience: int = PATIENCE["a click"]):
+        """`item` of the output of that cell, once it is there; what appears above it meanwhile moves it out of sight."""
+        deadline = time.time() + patience / 1000
+        while not item.is_visible():
+            assert time.time() < deadline, f"{item} did not appear below {code}"
+            self.scroll_to(code)
+            self.page.wait_for_timeout(500)
+        return item
+
     # --- Controls, found by what they say
 
     def widget(self, label: str):
@@ -219,6 +229,7 @@ def explorer(browser, server):
     person.page.wait_for_function(f"() => ({EXECUTED})() > 0", timeout=PATIENCE["Run all"])
     print(f"\n{NAME}: first picture {first:.1f} s after opening, Run all done after {time.time() - person.opened:.1f} s")
     assert person.page.evaluate(FAILED) == []
+    person.find("Explorer(", person.button("4x", "Upscale factor"))
     person.scroll_to("Explorer(")
     person.settled()
     yield person
@@ -433,9 +444,7 @@ def steps(folder: Path) -> list[int]:
 def test_training_stopped_and_run_again_after_a_reload_continues(browser, server, tmp_path):
     person = Person(browser, server, "03_train")
     person.press_run_all()
-    person.scroll_to("Dashboard(")
-    stop = person.button("Stop and save")
-    stop.wait_for(timeout=PATIENCE["Run all"])
+    stop = person.find("Dashboard(", person.button("Stop and save"), PATIENCE["Run all"])
     person.page.wait_for_function(f"() => /update [1-9]/.test(({STATUS})())")
     person.picture("03-training", tmp_path)
     began = time.perf_counter()
@@ -449,15 +458,13 @@ def test_training_stopped_and_run_again_after_a_reload_continues(browser, server
 
     person.reload()
     person.run_all()
-    person.scroll_to("Dashboard(")
-    status = person.page.locator(f"{OUTPUT} [role=status]").first
+    status = person.find("Dashboard(", person.page.locator(f"{OUTPUT} [role=status]").first)
     person.picture("03-continued", tmp_path)
     assert f"Finished: {total:,} updates" in status.inner_text()
     assert f"continues at update {kept} of {total}" in person.page.locator(OUTPUT).filter(has=status).first.inner_text()
     assert steps(person.folder) == list(range(1, total + 1))
 
-    person.scroll_to("export_button(")
-    person.button("Export as zip").click()
+    person.find("export_button(", person.button("Export as zip")).click()
     person.page.locator(f"{OUTPUT} a[href*='.zip']").first.scroll_into_view_if_needed()
     (packed,) = person.folder.glob("notebooks/srgan-work/runs/*/*.zip")
     assert zipfile.ZipFile(packed).testzip() is None
