@@ -166,11 +166,12 @@ class Person:
     def find(self, code: str, item, patience: int = PATIENCE["a click"]):
         """`item` of the output of that cell, once it is there; what appears above it meanwhile moves it out of sight."""
         deadline = time.time() + patience / 1000
-        while not item.is_visible():
-            assert time.time() < deadline, f"{item} did not appear below {code}"
+        while True:
             self.scroll_to(code)
-            self.page.wait_for_timeout(500)
-        return item
+            self.page.wait_for_timeout(300)
+            if item.count() and item.evaluate("e => e.checkVisibility({contentVisibilityAuto: true})"):
+                return item
+            assert time.time() < deadline, f"{item} did not appear below {code}"
 
     # --- Controls, found by what they say
 
@@ -181,7 +182,7 @@ class Person:
 
     def button(self, label: str, within: str = ""):
         place = self.widget(within) if within else self.page.locator(OUTPUT)
-        return place.get_by_role("button", name=label, exact=True).first
+        return place.locator("button").filter(has_text=re.compile(rf"^\s*{label}\s*(\(\d+\))?$")).first  # FileUpload counts
 
     def handle(self, label: str):
         return self.widget(label).locator(".noUi-handle, .ui-slider-handle").first
@@ -341,7 +342,7 @@ def test_a_photo_of_ones_own(explorer, tmp_path):
 
     def upload():
         with explorer.page.expect_file_chooser() as chooser:
-            explorer.page.locator(f"{OUTPUT} button").filter(has_text="Choose a photo").first.click()
+            explorer.button("Choose a photo").click()
         chooser.value.set_files(tmp_path / "me.png")
 
     print(f"{NAME}: photo {explorer.changes(upload):.2f} s")
