@@ -2654,7 +2654,8 @@ def results_table(summary: dict) -> str:
 
 def _img(png: bytes, alt: str, style: str = "max-width: 100%; background: white") -> str:
     """An HTML <img> that holds its own pixels, with alternative text for those who cannot see it."""
-    return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="{source}">'
 
 
 def _png(figure) -> bytes:
@@ -3993,36 +3994,36 @@ def export_zip(folder: str | Path) -> Path:
     return target
 
 
-def export_button(folder: str | Path):
-    """A button that makes the zip of `export_zip` and hands it over: Colab's download there, elsewhere a link. Without
-    ipywidgets, the link."""
-    from IPython.display import FileLink, display
+def export_button(folder: str | Path) -> None:
+    """Display a button that makes the zip of `export_zip` and hands it over: Colab's download there, elsewhere a link.
+    Without ipywidgets, the link."""
+    from IPython.display import HTML, FileLink, display
 
     try:
         import ipywidgets
     except ImportError:
-        return FileLink(os.path.relpath(export_zip(folder)))
-    button, place = ipywidgets.Button(description="Export as zip", icon="download"), ipywidgets.Output()
+        display(FileLink(os.path.relpath(export_zip(folder))))
+        return
+    button, said = ipywidgets.Button(description="Export as zip", icon="download"), ipywidgets.HTML()
 
     def export(_):
-        place.clear_output()
-        with place:
-            try:
-                path = export_zip(folder)
-            except OSError as error:
-                print(error)
-                return
-            with zipfile.ZipFile(path) as archive:
-                print(f"{path.name}, {_size(path.stat().st_size)}: {', '.join(archive.namelist())}")
-            if not in_colab():
-                display(FileLink(os.path.relpath(path)))
+        try:
+            path = export_zip(folder)
+        except OSError as error:
+            said.value = html.escape(str(error))
+            return
+        with zipfile.ZipFile(path) as archive:
+            said.value = html.escape(f"{path.name}, {_size(path.stat().st_size)}: {', '.join(archive.namelist())}")
         if in_colab():
             from google.colab import files
 
             files.download(str(path))
+        else:
+            link.update(FileLink(os.path.relpath(path)))
 
     button.on_click(export)
-    return ipywidgets.VBox([button, place])
+    display(ipywidgets.VBox([button, said]))
+    link = display(HTML(""), display_id=True)  # no Output widget, which Notebook 6 with widgetsnbextension 3.6.10 cannot make
 
 
 def uploaded_files(widget) -> list[tuple[str, bytes]]:

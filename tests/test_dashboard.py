@@ -8,6 +8,8 @@ import time
 import zipfile
 from base64 import b64decode
 from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,20 +199,39 @@ def test_the_zip_holds_what_one_keeps(store, tiny_run, tmp_path):
         assert "pretrained.safetensors" not in archive.namelist()
 
 
-def test_the_export_button_says_what_is_missing_and_downloads_in_colab(tiny_run, tmp_path, monkeypatch, capsys):
-    from types import SimpleNamespace
+@pytest.fixture
+def export(tmp_path, monkeypatch):
+    """The export button of a run that is not there yet, what it says, and the files that its link was pointed to."""
+    import IPython.display
 
-    button, _ = srgan.export_button(tmp_path / "r").children
-    assert button.description == "Export as zip"
+    shown, linked = [], []
+    handle = namedtuple("Handle", "update")(lambda link: linked.append(link.path))
+    monkeypatch.setattr(IPython.display, "display", lambda each, display_id=None: shown.append(each) or handle)
+    assert srgan.export_button(tmp_path / "r") is None
+    return *shown[0].children, linked
+
+
+def test_the_export_button_says_what_is_missing_and_then_links(tiny_run, tmp_path, export):
+    button, said, linked = export
+    assert button.description == "Export as zip" and not linked
     button.click()
-    assert "train first" in capsys.readouterr().out
+    assert "train first" in said.value and not linked
+    shutil.copytree(tiny_run, tmp_path / "r")
+    button.click()
+    assert said.value.startswith("r.zip, ") and "generator.safetensors" in said.value
+    path, = linked
+    assert not Path(path).is_absolute() and Path(path).resolve() == tmp_path / "r" / "r.zip"
+
+
+def test_the_export_button_downloads_in_colab(tiny_run, tmp_path, export, monkeypatch):
+    button, _, linked = export
     fetched = []
     colab = SimpleNamespace(files=SimpleNamespace(download=fetched.append))
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     monkeypatch.setattr(srgan, "in_colab", lambda: True)
     shutil.copytree(tiny_run, tmp_path / "r")
     button.click()
-    assert fetched == [str(tmp_path / "r" / "r.zip")]
+    assert fetched == [str(tmp_path / "r" / "r.zip")] and not linked
 
 
 # --- In a real kernel, whose main thread is busy while the button is clicked
@@ -258,7 +279,7 @@ def kernel():
 
 def test_a_click_reaches_a_busy_kernel_and_the_next_cell_waits(store, tmp_path, kernel):
     manager, client = kernel
-    root = srgan.Path(srgan.__file__).parent
+    root = Path(srgan.__file__).parent
     client.execute(f"import sys; sys.path.insert(0, {str(root)!r})\nimport srgan_utils as srgan\n"
                    f"store = srgan.FaceStore({str(store.folder)!r})")
     cell = (f"for event in srgan.Dashboard({str(tmp_path / 'r')!r}).watch(srgan.train(store, {str(tmp_path / 'r')!r}, 'sharp', "
