@@ -4676,7 +4676,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if distributed.is_torchelastic_launched():  # gloo's threads abort a process that exits the long way, now and then
+    if distributed.is_torchelastic_launched():  # one that had done its work was aborted at its exit (by gloo, we think)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--store", required=True)
     parser.add_argument("--data", required=True, help="what the faces are, for the header")
-    parser.add_argument("--amount", type=float, default=1.0, help="how far from its parent the final network goes (the run's own: 1)")
+    parser.add_argument("--amount", type=float, default=1.0, help="how far from its parent the final network goes (its own: 1)")
     args = parser.parse_args()
     store = srgan.FaceStore(args.store)
     _, config, _ = srgan.load_generator(args.run / "generator.safetensors")
