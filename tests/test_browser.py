@@ -428,6 +428,7 @@ if LAB:  # Notebook 6 has no dark theme
     def test_legible_in_the_dark_theme(explorer, tmp_path):
         explorer.page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
         explorer.page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
+        explorer.page.wait_for_selector("#jupyterlab-splash", state="detached")  # which dims all below it
         explorer.picture("04-dark", tmp_path)
         found = explorer.page.evaluate(CONTRASTS, PANEL)
         explorer.page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
