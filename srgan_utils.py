@@ -86,13 +86,13 @@ __all__ = [
     "evaluate", "summarise", "results_table",                                       # 10
     "show_picture", "show_images", "comparison_figure", "stages_figure",            # 11
     "image_strip", "scores_figure", "factor_panels", "panels_figure", "before_after",
-    "write_comparison", "history_figure", "histogram_figure", "layers_figure",
+    "picture_slider", "write_comparison", "history_figure", "histogram_figure",
+    "layers_figure",
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
     "update_ema", "Progress", "run_name", "train", "forecast", "minutes_until",
     "reproduce_report", "stages_table",
     "show_source", "shape_walk", "progress_bar", "Dashboard", "export_zip",         # 13
-    "export_button", "uploaded_files", "upload_images", "contact_sheet",
-    "interactive_picture", "Explorer",
+    "export_button", "uploaded_files", "upload_images", "contact_sheet", "Explorer",
     "main",                                                                         # 14
 ]
 
@@ -2652,10 +2652,18 @@ def results_table(summary: dict) -> str:
 # -----------------------------------------------------------------------------
 
 
-def _img(png: bytes, alt: str, style: str = "max-width: 100%; background: white") -> str:
+def _img(png: bytes, alt: str, style: str) -> str:
     """An HTML <img> that holds its own pixels, with alternative text for those who cannot see it."""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="{source}">'
+
+
+def _picture(png: bytes, alt: str) -> str:
+    """A figure as an <img> as large as the PNG, or as wide as there is room; where that is little (a phone, a large zoom), it
+    scrolls rather than become too small to be seen. It holds its place while another takes over."""
+    width, height = (int.from_bytes(png[start:start + 4]) for start in (16, 20))
+    style = f"width: min(max(100%, 40em), {width}px); max-width: none; aspect-ratio: {width} / {height}; background: white"
+    return f'<div style="overflow-x: auto">{_img(png, alt, style)}</div>'
 
 
 def _png(figure) -> bytes:
@@ -2668,7 +2676,7 @@ def show_picture(file: str | Path, alt: str):
     """The PNG in `file` for display in a notebook, with the alternative text `alt`."""
     from IPython.display import HTML
 
-    return HTML(_img(Path(file).read_bytes(), alt))
+    return HTML(_picture(Path(file).read_bytes(), alt))
 
 
 def _figure(width: float, height: float, alt: str):
@@ -2676,7 +2684,7 @@ def _figure(width: float, height: float, alt: str):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure._repr_html_ = lambda: _img(_png(figure), alt)  # IPython's image/png has no alternative text
+    figure._repr_html_ = lambda: _picture(_png(figure), alt)  # IPython's image/png has no alternative text
     return figure
 
 
@@ -2889,6 +2897,28 @@ def before_after(left: Tensor, right: Tensor, names: tuple[str, str], alt: str):
                                      names=[html.escape(name) for name in names]))
 
 
+# All pictures lie in one cell of a grid, so that nothing moves when another takes over
+_PICTURE_SLIDER = """<div><label>{label} <input type="range" min="0" max="{last}" value="{start}" aria-valuetext="{name}"
+data-lm-suppress-shortcuts="true" style="vertical-align: middle; width: 12em"
+oninput="const all = this.closest('div').lastChild.children;
+for (const one of all) one.style.visibility = one == all[this.value] ? 'visible' : 'hidden';
+this.ariaValueText = this.parentNode.nextElementSibling.textContent = all[this.value].dataset.name"></label>
+<b>{name}</b><div style="display: grid">{pictures}</div></div>"""
+
+
+def picture_slider(figures: dict, label: str, start):
+    """A slider that shows one of several Figures of this module, by mouse, touch or arrow keys: the one at each key of `figures`,
+    at first that of `start`. HTML that holds them all, and needs neither kernel nor network."""
+    from IPython.display import HTML
+
+    names = [html.escape(str(key)) for key in figures]
+    at = list(figures).index(start)
+    pictures = "".join(f'<div data-name="{name}" style="grid-area: 1 / 1; visibility: {"visible" if i == at else "hidden"}">'
+                       f"{figure._repr_html_()}</div>" for i, (name, figure) in enumerate(zip(names, figures.values())))
+    return HTML(_PICTURE_SLIDER.format(label=html.escape(label), last=len(names) - 1, start=at, name=names[at],
+                                       pictures=pictures))
+
+
 def write_comparison(store: FaceStore, generator: Generator, config: Config, folder: Path, split: str = "test",
                      count: int | None = None, with_lpips: bool = False, errors: bool = False) -> dict:
     """Measure `generator` on `count` faces of `split` (default: all, at most 2,000). Leaves panels.png, scores.png, metrics.csv
@@ -2922,7 +2952,7 @@ def history_figure(path: str | Path):
                 steps, values = zip(*points)
                 width = max(1, len(values) // 200)  # a running mean, or noise hides the trend
                 smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-                ax.plot(steps[width - 1:], smooth, label=name)
+                ax.plot(steps[width - 1:], smooth, label=name, marker="o" if len(smooth) == 1 else "")
         ax.set(xlabel="update", title=title)
         if ax.lines:
             ax.legend()
@@ -3855,12 +3885,6 @@ def _handle_clicks() -> None:
         stream.on_recv(usual, copy=False)
 
 
-def _picture(png: bytes, alt: str) -> str:
-    """An <img> that holds its place while another takes over: as large as the PNG, or as wide as there is room."""
-    width, height = (int.from_bytes(png[start:start + 4]) for start in (16, 20))
-    return _img(png, alt, f"width: min(100%, {width}px); aspect-ratio: {width} / {height}; background: white")
-
-
 class Dashboard:
     """A run in training as a panel that is redrawn in place: `for event in Dashboard(run).watch(train(...))`.
 
@@ -4049,7 +4073,7 @@ def upload_images(folder: str | Path):
         return None
     import ipywidgets
 
-    widget = ipywidgets.FileUpload(accept="image/*", multiple=True)
+    widget = ipywidgets.FileUpload(accept="image/*", multiple=True, description="Choose photos", layout={"width": "auto"})
 
     def save(_):
         for name, data in uploaded_files(widget):
@@ -4105,15 +4129,6 @@ def contact_sheet(store: FaceStore, left_out: bool = False, count: int = 24):
     return HTML(f'<p>{title}</p><div style="display: flex; flex-wrap: wrap; gap: 0.8em">{"".join(tiles)}</div>')
 
 
-def interactive_picture(draw: Callable, control):
-    """`control` (of ipywidgets) above what `draw(control.value)` makes (a figure, HTML), made anew in place at each change."""
-    import ipywidgets
-
-    picture = ipywidgets.HTML(draw(control.value)._repr_html_())
-    control.observe(lambda change: setattr(picture, "value", draw(change["new"])._repr_html_()), names="value")
-    return ipywidgets.VBox([control, picture])
-
-
 # --- The upscale factor by hand
 
 
@@ -4148,6 +4163,18 @@ def _controls(faces: int, upload) -> dict:
     upload.layout.width = "auto"  # or its label would be cut
     return controls
 
+
+# ipywidgets draws names and values of its sliders and choices, but does not tell them to screen readers: `onload` does
+_TOLD = """<style onload="const panel = this.closest('.srgan-explorer');
+const tell = (each, role, name) => { if (each) { each.role = role; each.ariaLabel = name } };
+setTimeout(() => { for (const label of panel.querySelectorAll('.widget-label')) {
+    const control = label.parentNode, name = label.textContent, value = control.querySelector('.widget-readout');
+    const handle = control.querySelector('.noUi-handle, .ui-slider-handle');
+    tell(handle, 'slider', name); tell(value, 'textbox', name + ', as a number');
+    if (handle) handle.ariaValueText = handle.ariaValueNow = value.textContent;
+    if (control.querySelector('button')) tell(control, 'group', name);
+    for (const button of control.querySelectorAll('button')) button.ariaPressed = button.classList.contains('mod-active');
+} }, 100)">.srgan-explorer {}</style>"""
 
 _PANEL_LIMIT = 4096  # px of SR along a side: 200 MB for each panel
 
@@ -4225,7 +4252,7 @@ class Explorer:
         return panel
 
     def _say(self, text: str) -> None:
-        self.status.value = f'<div role="status" aria-live="polite">{html.escape(text)}</div>'
+        self.status.value = f'<div role="status" aria-live="polite">{html.escape(text)}</div>{_TOLD}'
 
     def _callback(self, label: str) -> Callable:
         """What a change of this control calls. Its errors stand in the status line: elsewhere nobody would read them."""

@@ -2,7 +2,8 @@
 
 It behaves as the real package does where the project meets it: which checks come first, what each failure raises, what is
 printed (read from googlecolab/colabtools of 2026-04-07). `start` makes this process look like Colab's kernel; the folder
-`Machine.content` then stands for /content, and `Machine.cloud` for what the user keeps on Google Drive, which outlives the machine.
+`Machine.content` then stands for /content, and `Machine.cloud` for what the user keeps on Google Drive, which outlives the
+machine.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ NOT_MOUNTED = {
                                         "https://research.google.com/colaboratory/faq.html#drive-timeout"),
     "domain policy": ValueError("/content\n: The domain policy has disabled Drive File Stream: "
                                 "https://support.google.com/a/answer/7496409"),
-    "Drive program hangs": TIMEOUT("Timeout exceeded.\n<pexpect.popen_spawn.PopenSpawn object at 0x7f>\nbuffer (last 100 chars): ''"),
+    "Drive program hangs": TIMEOUT("Timeout exceeded.\n<pexpect.popen_spawn.PopenSpawn object at 0x7f>\n"
+                                   "buffer (last 100 chars): ''"),
     "Drive program ends": EOF("End Of File (EOF). Exception style platform."),
     "no credentials server": KeyError("TBE_EPHEM_CREDS_ADDR"),
 }

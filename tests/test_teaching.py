@@ -1,9 +1,13 @@
-"""What the notebooks show of data and networks: costs of layers, contact sheets, histograms, a control with its picture."""
+"""What the notebooks show of data and networks: costs of layers, contact sheets, histograms, a slider with its pictures."""
 
+import base64
+import io
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import srgan_utils as srgan
@@ -67,7 +71,7 @@ def test_layers_figure():
         assert [bar.get_width() for bar in ax.patches] == list(values)
         assert f"{sum(values):,}" in ax.get_title()
     share = costs["tail"][1] / sum(count for _, count in costs.values())
-    alt = re.match('<img alt="([^"]+)"', figure._repr_html_())[1]
+    alt = re.search('<img alt="([^"]+)"', figure._repr_html_())[1]
     assert f"tail {costs['tail'][0] / srgan.count_parameters(generator):.0%} and {share:.0%}" in alt
 
 
@@ -162,18 +166,18 @@ def test_contact_sheet_where_nothing_was_left_out(store):
     assert "Nothing was left out" in srgan.contact_sheet(store, left_out=True).data
 
 
-# --- A control and its picture
+# --- A slider and its pictures
 
 
-def test_explorer_draws_at_once_and_at_each_change():
-    import ipywidgets
-
-    control = ipywidgets.SelectionSlider(options=[2, 4, 8], value=4, description="Upscale factor")
-    box = srgan.interactive_picture(lambda scale: srgan.show_images([torch.full((3, 8, 8), 1 / scale)], [f"{scale}x"]), control)
-    assert box.children[0] is control
-    before = box.children[1].value
-    assert 'alt="1 images: 4x"' in before
-    control.value = 8
-    assert 'alt="1 images: 8x"' in box.children[1].value
-    control.value = 4
-    assert box.children[1].value == before
+def test_a_picture_slider_holds_each_picture_and_shows_one():
+    figures = {f"{scale}x": srgan.show_images([torch.full((3, 8, 8), 1 / scale)], [f"face & {scale}x"]) for scale in (2, 4, 8)}
+    data = srgan.picture_slider(figures, "Upscale <factor>", "4x").data
+    assert re.findall(r'data-name="(.+?)".*?visibility: (\w+)".*?alt="(.+?)"', data) == [
+        ("2x", "hidden", "1 images: face &amp; 2x"), ("4x", "visible", "1 images: face &amp; 4x"),
+        ("8x", "hidden", "1 images: face &amp; 8x")]
+    pictures = [base64.b64decode(each) for each in re.findall(r"base64,([^\"]+)", data)]
+    shown = [np.asarray(Image.open(io.BytesIO(each)).convert("L")) for each in pictures]
+    assert [each[each.shape[0] // 2, each.shape[1] // 2] for each in shown] == [128, 64, 32]
+    assert 'min="0" max="2" value="1" aria-valuetext="4x"' in data and "Upscale &lt;factor&gt;" in data
+    with pytest.raises(ValueError, match="3x"):
+        srgan.picture_slider(figures, "Upscale factor", "3x")
