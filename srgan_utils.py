@@ -2956,6 +2956,9 @@ def history_figure(path: str | Path):
         ax.set(xlabel="update", title=title)
         if ax.lines:
             ax.legend()
+        else:
+            ax.set(xticks=[], yticks=[])
+            ax.text(0.5, 0.5, "not yet: pixels alone so far", ha="center", transform=ax.transAxes)
     figure.axes[0].set_yscale("log")  # the losses of the generator differ by orders of magnitude
     return figure
 
@@ -3814,8 +3817,9 @@ def show_source(*objects) -> None:
     """Display the source of classes or functions of this module, highlighted."""
     import inspect
 
-    from IPython.display import Markdown, display
+    from IPython.display import HTML, Markdown, display
 
+    display(HTML("<style>.jp-RenderedMarkdown pre {word-break: normal !important}</style>"))  # JupyterLab breaks within words
     for each in objects:
         display(Markdown(f"```python\n{inspect.getsource(each)}```"))
 

@@ -487,6 +487,7 @@ def test_training_stopped_and_run_again_after_a_reload_continues(browser, server
     person.press_run_all()
     stop = person.find("Dashboard(", person.button("Stop and save"), PATIENCE["Run all"])
     person.page.wait_for_function(f"() => /update [1-9]/.test(({STATUS})())")
+    stop.scroll_into_view_if_needed()
     person.picture("03-training", tmp_path)
     assert nameless(person.page, PANEL) == unreached(person.page, PANEL) == faint(person.page, PANEL) == []
     began = time.perf_counter()

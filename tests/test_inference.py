@@ -259,6 +259,15 @@ def test_history_figure(tiny_run):
     assert lines["d_loss"].get_ydata().tolist() == pytest.approx([float(row["d_loss"]) for row in rows[3:]])
 
 
+def test_a_history_of_one_update_is_seen(tiny_run, tmp_path):
+    """One value makes no line; and the discriminator, which has none yet, no empty axes."""
+    rows = (tiny_run / "history.csv").read_text().splitlines()[:2]
+    (tmp_path / "history.csv").write_text("\n".join(rows))
+    generator, discriminator = srgan.history_figure(tmp_path / "history.csv").axes
+    assert [(line.get_marker(), len(line.get_xdata())) for line in generator.lines] == [("o", 1)]
+    assert not discriminator.lines and "not yet" in discriminator.texts[0].get_text() and not len(discriminator.get_xticks())
+
+
 def test_the_bootstrap_interval_of_many_values_is_the_normal_one():
     values = np.random.default_rng(5).normal(3, 2, 1000)
     found, half = srgan._interval(values), 1.96 * values.std() / math.sqrt(1000)
