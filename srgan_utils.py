@@ -89,7 +89,7 @@ __all__ = [
     "picture_slider", "write_comparison", "history_figure", "histogram_figure",
     "layers_figure",
     "TrainState", "pretrain_step", "discriminator_step", "generator_step",          # 12
-    "update_ema", "Progress", "run_name", "train", "forecast", "minutes_until",
+    "update_ema", "Progress", "run_name", "train", "longer", "forecast", "minutes_until",
     "reproduce_report", "stages_table",
     "show_source", "shape_walk", "progress_bar", "Dashboard", "export_zip",         # 13
     "export_button", "uploaded_files", "upload_images", "contact_sheet", "Explorer",
@@ -387,6 +387,15 @@ def in_colab() -> bool:
     """Whether this is a Colab kernel. (`import google.colab` would succeed on Kaggle too.)"""
     shell = sys.modules.get("IPython")
     return shell is not None and "google.colab" in str(shell.get_ipython())
+
+
+def _bar(*args, **options):
+    """tqdm's text bar; in a notebook on standard output, since Jupyter shows the other stream as if something were wrong."""
+    from tqdm import tqdm
+
+    shell = sys.modules.get("IPython")
+    notebook = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
+    return tqdm(*args, **{"mininterval": 1, "file": sys.stdout if notebook else sys.stderr} | options)
 
 
 def hardware_note() -> str:
@@ -1141,8 +1150,6 @@ def _fetch_rest(url: str, partial: Path, title: str) -> None:
     from http.client import HTTPException
     from urllib.error import HTTPError
 
-    from tqdm import tqdm
-
     had = partial.stat().st_size if partial.exists() else 0
     try:
         reply = _open_url(url, had, 10)
@@ -1157,7 +1164,7 @@ def _fetch_rest(url: str, partial: Path, title: str) -> None:
         length = reply.headers.get("Content-Length")
         total = had + int(length) if length else None
         with (open(partial, "ab" if had else "wb") as file,
-              tqdm(total=total, initial=had, desc=title, unit="B", unit_scale=True, mininterval=1) as bar):
+              _bar(total=total, initial=had, desc=title, unit="B", unit_scale=True) as bar):
             try:
                 while chunk := reply.read(1 << 20):
                     file.write(chunk)
@@ -1510,9 +1517,7 @@ class FaceStore:
 
     def verify(self) -> None:
         """Check every block against its checksum; ValueError names the first that is damaged."""
-        from tqdm import tqdm
-
-        for block in tqdm(range(len(self._sums)), desc="checking", unit="block", mininterval=1, disable=len(self._sums) < 20):
+        for block in _bar(range(len(self._sums)), desc="checking", unit="block", disable=len(self._sums) < 20):
             self._check(block)
 
     def indices(self, split: str) -> np.ndarray:
@@ -1542,15 +1547,13 @@ class FaceStore:
 
     def keep_on(self, device: torch.device | None) -> None:
         """Put the training faces into the memory of `device`, for `faces`; None lets them go."""
-        from tqdm import tqdm
-
         self._kept = None
         if device is None:
             return
         members = self.indices("train")
         pixels = torch.empty((len(members), _SIDE, _SIDE, 3), dtype=torch.uint8, device=device)
         starts = range(0, len(members), _BLOCK)
-        for start in tqdm(starts, desc=f"faces to {device}", unit="block", mininterval=1, disable=len(starts) < 20):
+        for start in _bar(starts, desc=f"faces to {device}", unit="block", disable=len(starts) < 20):
             rows = self.faces(members[start:start + _BLOCK]).permute(0, 2, 3, 1)
             pixels[start:start + len(rows)].copy_(rows)
         places = np.full(len(self), -1)
@@ -1567,8 +1570,6 @@ class FaceStore:
 
 def _fill_store(opened: Source, source: str, folder: Path, limit: int | None) -> None:
     """Decode what `opened` has, and what an interrupted preparation has not done yet, into the store in `folder`."""
-    from tqdm import tqdm
-
     names = _limited(opened.names, limit)
     pixels, journal = folder / "faces.u8", folder / "journal.jsonl"
     signature = hashlib.sha256("\n".join(names).encode()).hexdigest()
@@ -1576,7 +1577,7 @@ def _fill_store(opened: Source, source: str, folder: Path, limit: int | None) ->
     done = len(blocks) * _BLOCK
     _check_space(folder, max(0, len(names) - done) * _SIDE * _SIDE * 3, f"{len(names):,} prepared faces")
     with (ThreadPoolExecutor(os.cpu_count()) as pool, open(pixels, "ab") as file, open(journal, "a") as log,
-          tqdm(total=len(names), desc="preparing", unit="face", mininterval=0.5) as bar):
+          _bar(total=len(names), desc="preparing", unit="face", mininterval=0.5) as bar):
         bar.update(done)
         for start in range(done, len(names), _BLOCK):
             blocks.append(_prepare_block(opened, names[start:start + _BLOCK], pool, bar, file))
@@ -2420,17 +2421,21 @@ def interpolate_generators(faithful: Generator, sharp: Generator, amount: float)
 
 
 def find_generators(scale: int, *folders: str | Path) -> Iterator[Path]:
-    """The generators for `scale` in the workspace's runs and in `folders` (Drive, say), newest first, then the shipped one."""
-    found = []
+    """The generators for `scale` in the workspace's runs and in `folders` (Drive, say), newest first, then the shipped one, then
+    those of the preset `demo`: two minutes on a CPU do not make a better one."""
+    found, quick = [], []
     for folder in (workspace() / "runs", *folders):
         with contextlib.suppress(OSError):  # Drive may have gone
             found += [(path.stat().st_mtime, path) for path in Path(folder).rglob("generator.safetensors")]
     for _, path in sorted(found, reverse=True):
         with contextlib.suppress(ValueError, OSError):
-            load_generator(path, scale)
-            yield path
+            if load_generator(path, scale)[1].preset_name == "demo":
+                quick.append(path)
+            else:
+                yield path
     if _shipped_weights(scale).exists():
         yield _shipped_weights(scale)
+    yield from quick
 
 
 def find_generator(scale: int, *folders: str | Path) -> Path | None:
@@ -2491,8 +2496,6 @@ def _for_inference(generator: Generator) -> Generator:
 
 def _tiles(image: Tensor, generator: Generator, config: Config, tile: int | None, progress: bool) -> Iterator[tuple]:
     """What `upscale` puts together: (y, x, pixels), place and uint8 (h, w, 3) of each tile of SR, tiles of one shape together."""
-    from tqdm import tqdm
-
     scale, margin, device = config.scale, receptive_radius(config), next(generator.parameters()).device
     network, precision = _for_inference(generator), resolve_precision(config.precision, device)
     if (config.precision, precision) == ("fp16", "bf16"):  # coarser than it was trained with
@@ -2506,7 +2509,7 @@ def _tiles(image: Tensor, generator: Generator, config: Config, tile: int | None
         groups.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append((y, x, rows, columns))
     together = _TILES_TOGETHER[device.type]
     batches = [group[i:i + together] for group in groups.values() for i in range(0, len(group), together)]
-    for members in tqdm(batches, desc="enlarging", mininterval=1, disable=not progress or len(batches) < 4):
+    for members in _bar(batches, desc="enlarging", disable=not progress or len(batches) < 4):
         parts = torch.cat([image[..., rows, columns] for _, _, rows, columns in members]).to(device)
         with _autocast(precision, device):
             pixels = _to_pixels(network(parts.contiguous(memory_format=torch.channels_last)))
@@ -2580,14 +2583,12 @@ def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Se
 
     Images are rounded to 8 bits and lose a border of `scale` px. ValueError if too little is left to measure.
     """
-    from tqdm import tqdm
-
     if config.hr_size - 2 * config.scale < 11:
         raise ValueError(f"hr_size={config.hr_size} is too small to measure at {config.scale}x: 11 px must be left "
                          "inside the border")
     device, edge, rows = next(generator.parameters()).device, slice(config.scale, -config.scale), []
     chunks = [indices[start:start + 8] for start in range(0, len(indices), 8)]
-    for chunk in tqdm(chunks, desc="measuring", unit="batch", mininterval=1, disable=len(chunks) < 8):
+    for chunk in _bar(chunks, desc="measuring", unit="batch", disable=len(chunks) < 8):
         lr, hr = make_pair(store.faces(chunk).to(device), config)
         ours = quantise(generator(lr))[..., edge, edge].float()
         plain, hr = quantise(bicubic(lr, config.hr_size))[..., edge, edge], hr[..., edge, edge]
@@ -2661,7 +2662,9 @@ def _img(png: bytes, alt: str, style: str) -> str:
 def _picture(png: bytes, alt: str) -> str:
     """A figure as an <img> as large as the PNG, or as wide as there is room; where that is little (a phone, a large zoom), it
     scrolls rather than become too small to be seen. It holds its place while another takes over."""
-    width, height = (int.from_bytes(png[start:start + 4]) for start in (16, 20))
+    from PIL import Image
+
+    width, height = Image.open(io.BytesIO(png)).size
     style = f"width: min(max(100%, 40em), {width}px); max-width: none; aspect-ratio: {width} / {height}; background: white"
     return f'<div style="overflow-x: auto">{_img(png, alt, style)}</div>'
 
@@ -2857,29 +2860,37 @@ def panels_figure(rows: dict[str, list[tuple]], zoom: tuple[float, float] | None
     return figure
 
 
-def _image_png(image: Tensor) -> bytes:
-    """One image, (1, 3, H, W), as a PNG file, packed fast rather than small."""
-    from PIL import Image
-
+def _encoded(image) -> bytes:
+    """A Pillow image as a PNG file, packed fast rather than small."""
     buffer = io.BytesIO()
-    Image.fromarray(_to_pixels(image)[0]).save(buffer, format="png", compress_level=1)
+    image.save(buffer, format="png", compress_level=1)
     return buffer.getvalue()
 
 
+def _image_png(image: Tensor) -> bytes:
+    """One image, (1, 3, H, W), as a PNG file."""
+    from PIL import Image
+
+    return _encoded(Image.fromarray(_to_pixels(image)[0]))
+
+
 # The range input lies over the pictures, unseen: pointer, touch and keys are the browser's own business. The attribute
-# keeps JupyterLab from taking the arrow keys for its own.
-_BEFORE_AFTER = """<div class="srgan-cut" style="--cut: 50%; position: relative; width: min({width}px, 100%); margin: 4px 0">
-<style>.srgan-cut:focus-within {{outline: 3px solid #1a73e8; outline-offset: 2px}}
+# keeps JupyterLab from taking the arrow keys for its own. In the Explorer's panel the line stays where it is from one picture
+# to the next, so its place is kept there.
+_BEFORE_AFTER = """<div class="srgan-cut" style="position: relative; width: min({width}px, 100%); margin: 4px 0">
+<style onload="const cut = parseFloat(getComputedStyle(this.parentNode).getPropertyValue('--cut'));
+if (cut >= 0) this.parentNode.querySelector('input').value = cut">
+.srgan-cut:focus-within {{outline: 3px solid #1a73e8; outline-offset: 2px}}
 .srgan-cut span {{position: absolute; top: 4px; padding: 0 6px; background: #000b; color: white}}
 .srgan-cut input {{position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize;
 touch-action: pan-y; -webkit-appearance: none; appearance: none}}
 .srgan-cut input::-webkit-slider-thumb {{width: 1px}} .srgan-cut input::-moz-range-thumb {{width: 1px; border: 0}}</style>
-{right}<div style="position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--cut)) 0 0)">{left}</div>
-<div style="position: absolute; inset: 0 auto 0 calc(var(--cut) - 1px); width: 2px; background: white; box-shadow: 0 0 2px black">
-</div><span style="left: 4px">{names[0]}</span><span style="right: 4px">{names[1]}</span>
+{right}<div style="position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--cut, 50%)) 0 0)">{left}</div>
+<div style="position: absolute; inset: 0 auto 0 calc(var(--cut, 50%) - 1px); width: 2px; background: white;
+box-shadow: 0 0 2px black"></div><span style="left: 4px">{names[0]}</span><span style="right: 4px">{names[1]}</span>
 <input type="range" min="0" max="100" value="50" data-lm-suppress-shortcuts="true"
 aria-label="{names[0]} left of the line, {names[1]} right of it: per cent"
-oninput="this.parentNode.style.setProperty('--cut', this.value + '%')"></div>"""
+oninput="(this.closest('.srgan-explorer') || this.parentNode).style.setProperty('--cut', this.value + '%')"></div>"""
 
 
 def before_after(left: Tensor, right: Tensor, names: tuple[str, str], alt: str):
@@ -2958,7 +2969,8 @@ def history_figure(path: str | Path):
             ax.legend()
         else:
             ax.set(xticks=[], yticks=[])
-            ax.text(0.5, 0.5, "not yet: pixels alone so far", ha="center", transform=ax.transAxes)
+            waits = "no update yet" if title == "generator" else "not yet: pixels alone so far"
+            ax.text(0.5, 0.5, waits, ha="center", transform=ax.transAxes)
     figure.axes[0].set_yscale("log")  # the losses of the generator differ by orders of magnitude
     return figure
 
@@ -3338,7 +3350,8 @@ def _open_run(folder: Path, record: dict | None, store: FaceStore, preset: str |
         config = Config.recorded((old if isinstance(old, dict) else {}) | given).for_faces(len(store.indices("train")))
         _require_same_run(folder, record, store, config)
         if for_minutes:
-            notes.append(f"the run keeps its own length, {config.total_steps:,} updates; minutes set that of new runs only")
+            notes.append(f"the run keeps its own length, {config.total_steps:,} updates; minutes set that of new runs only. "
+                         f"To train on after its end, give it more steps (it has {config.steps:,})")
     else:
         config = Config.preset("sharp" if preset is None else preset, **changes).for_faces(len(store.indices("train")))
     if config.batch_size % _ranks():
@@ -3686,6 +3699,16 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
                 raise ValueError(f"{folder} is trained by a newer call of train()")
 
 
+def longer(store: FaceStore, folder: str | Path, minutes: float, backup: str | Path | None = None) -> dict:
+    """Changes, for `train`, with which the run in `folder` (or in its backup), if it is finished, trains on for so many
+    `minutes`, by timing some adversarial updates. None for one that is new or not finished: it has a length of its own."""
+    config, saved, *_ = _look_up(Path(folder), store, None, {}, Path(backup) if backup else None, None)
+    if not saved or saved["update"] < config.total_steps:
+        return {}
+    seconds = _seconds_per_update(replace(config, pretrain_steps=0, steps=1), store, pick_device())[1]
+    return {"steps": config.steps + math.ceil(minutes * 60 * _UPDATING / max(seconds, 1e-9))}
+
+
 _COLAB_HOURS = 12  # after which Colab ends a session of those who do not pay
 
 
@@ -3711,7 +3734,7 @@ def forecast(store: FaceStore, folder: str | Path, preset: str | None = None, ch
     done, total = saved["update"] if saved else 0, config.total_steps
     lines = [f"continues at update {done:,} of {total:,}" if saved else "starts a new run"]
     if saved and done >= total:
-        return f"finished: all {total:,} updates are done"
+        return f"finished: all {total:,} updates are done; more minutes, or more steps, train on"
     if new and for_minutes:
         lines[0] += f" of {_duration(for_minutes * 60)}; its length is set by timing the first updates"
         seconds = for_minutes * 60
@@ -3846,13 +3869,11 @@ def shape_walk(model: nn.Module, x: Tensor) -> str:
 
 def progress_bar(events: Iterator[Progress]) -> Iterator[Progress]:
     """Pass on what `train` yields, with a text bar that shows stage, losses, images per second and time left."""
-    from tqdm import tqdm
-
-    with contextlib.closing(events), tqdm(unit="update", mininterval=1, dynamic_ncols=True,
+    with contextlib.closing(events), _bar(unit="update", dynamic_ncols=True,
                                           bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}") as bar:
         for event in events:
             for note in event.notes:
-                bar.write(note, file=sys.stderr)
+                bar.write(note, file=bar.fp)
             bar.total, bar.n = event.total, event.step
             minutes, seconds = divmod(round(max(0.0, event.seconds_left)), 60)
             bar.set_description_str(event.stage, refresh=False)
@@ -3937,11 +3958,11 @@ class Dashboard:
             alt = f"samples of {sample.stem}, a row for each face: LR, bicubic, the network's output, HR"
             self._html["strip"] = _picture(sample.read_bytes(), alt)
         if event.sample or now > self._curves_due:
-            self._draw_curves(event)
+            self._draw_curves(event.step)
             self._curves_due = time.perf_counter() + max(5, 20 * (time.perf_counter() - now))
         losses = "".join(f", {name} {value:.3g}" for name, value in event.losses.items() if name in ("pixel", "d_loss"))
         self._say(f"{event.stage}: update {event.step:,} of {event.total:,}, {event.images_per_second:.0f} img/s, "
-                  f"{_duration(event.seconds_left)} left{losses}")
+                  f"{_duration(event.seconds_left)} left{losses}", "timer")  # which is not read out each second
         self._html["progress"] += (f'<progress value="{event.step}" max="{event.total}" aria-label="updates done" '
                                    'style="width: 100%"></progress>')
         backup = f"; backup: {event.backup}" if event.backup else "; no backup"
@@ -3949,13 +3970,13 @@ class Dashboard:
         if now > self._due or event.sample or event.done:
             self._refresh()
 
-    def _draw_curves(self, event: Progress) -> None:
+    def _draw_curves(self, update: int) -> None:
         if (self.folder / "history.csv").exists():
             figure = history_figure(self.folder / "history.csv")
-            self._html["curves"] = _picture(_png(figure), f"loss curves up to update {event.step}")
+            self._html["curves"] = _picture(_png(figure), f"loss curves up to update {update}")
 
-    def _say(self, text: str) -> None:
-        self._text, self._html["progress"] = text, f'<div role="status">{html.escape(text)}</div>'
+    def _say(self, text: str, role: str = "status") -> None:
+        self._text, self._html["progress"] = text, f'<div role="{role}">{html.escape(text)}</div>'
 
     def _open(self) -> None:
         from IPython.display import display
@@ -3996,12 +4017,17 @@ class Dashboard:
             self._say(f"Finished: {update:,} updates, {saved}." if ended else
                       f"Stopped at update {update:,} of {event.total:,}, {saved}. Run this cell again to continue.")
             self._html["kept"] = ""
-            self._draw_curves(event)
+            self._draw_curves(update)
+        elif event:
+            self._html["kept"] = ""
+            self._say("Nothing was saved: it ended before the first checkpoint.")
         else:
             self._text = "nothing was trained"
         self._freeze()
         for widget in filter(None, (self._box, self._button, *self._widgets.values())):
-            widget.close()
+            for each in (widget, widget.layout, getattr(widget, "style", None)):
+                if each is not None:
+                    each.close()
 
 
 def export_zip(folder: str | Path) -> Path:
@@ -4035,19 +4061,19 @@ def export_button(folder: str | Path) -> None:
     button, said = ipywidgets.Button(description="Export as zip", icon="download"), ipywidgets.HTML()
 
     def export(_):
+        said.value = "packing ..."
         try:
             path = export_zip(folder)
-        except OSError as error:
-            said.value = html.escape(str(error))
-            return
-        with zipfile.ZipFile(path) as archive:
-            said.value = html.escape(f"{path.name}, {_size(path.stat().st_size)}: {', '.join(archive.namelist())}")
-        if in_colab():
-            from google.colab import files
+            if in_colab():
+                from google.colab import files
 
-            files.download(str(path))
-        else:
-            link.update(FileLink(os.path.relpath(path)))
+                files.download(str(path))
+            else:
+                link.update(FileLink(os.path.relpath(path)))
+            with zipfile.ZipFile(path) as archive:
+                said.value = html.escape(f"{path.name}, {_size(path.stat().st_size)}: {', '.join(archive.namelist())}")
+        except Exception as error:  # Colab's are of no common kind; elsewhere nobody would read it
+            said.value = html.escape(_one_line(error))
 
     button.on_click(export)
     display(ipywidgets.VBox([button, said]))
@@ -4093,9 +4119,7 @@ def _tile(image, caption: str) -> str:
         shown = '<div style="height: 6em; box-sizing: border-box; border: 1px dashed; padding: 2em 0.3em 0">cannot be shown</div>'
     else:
         image.thumbnail((128, 128))
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        shown = _img(buffer.getvalue(), caption, "width: 100%; height: 6em; object-fit: contain")
+        shown = _img(_encoded(image), caption, "width: 100%; height: 6em; object-fit: contain")
     return (f'<figure style="margin: 0; width: 8em; overflow-wrap: anywhere">{shown}'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
@@ -4115,8 +4139,9 @@ def contact_sheet(store: FaceStore, left_out: bool = False, count: int = 24):
     tiles, count = [], min(count, total)
     if left_out:
         read = None
-        with contextlib.suppress(OSError, ValueError):  # the source may be gone
-            read = open_source(store.source).read
+        with contextlib.suppress(OSError, ValueError):
+            if Path(store.source).exists():  # or it would be downloaded
+                read = open_source(store.source).read
         for name, why in store.left_out[:count]:
             try:
                 image = _on_white(read(name))
@@ -4129,7 +4154,7 @@ def contact_sheet(store: FaceStore, left_out: bool = False, count: int = 24):
             enlarged = ", enlarged" * (store.names[index] in store.enlarged)
             caption = f"{store.names[index][:80]}, {_SPLITS[store.split[index]]}{enlarged}"
             tiles.append(_tile(Image.fromarray(pixels), _one_line(caption)))
-    title = f"{count} of {total:,} {'left out' if left_out else 'accepted'}"
+    title = f"{total:,} {'left out' if left_out else 'accepted'}{f', {count} of them shown' * (count < total)}"
     return HTML(f'<p>{title}</p><div style="display: flex; flex-wrap: wrap; gap: 0.8em">{"".join(tiles)}</div>')
 
 
@@ -4164,21 +4189,23 @@ def _controls(faces: int, upload) -> dict:
     }
     for label, control in controls.items():
         control.description = label
-    upload.layout.width = "auto"  # or its label would be cut
     return controls
 
 
-# ipywidgets draws names and values of its sliders and choices, but does not tell them to screen readers: `onload` does
+# ipywidgets draws names and values of its sliders and choices, but does not tell them to screen readers. `onload` does, and
+# whenever something in the panel changes; the status is announced, since the element that holds it stays.
 _TOLD = """<style onload="const panel = this.closest('.srgan-explorer');
 const tell = (each, role, name) => { if (each) { each.role = role; each.ariaLabel = name } };
-setTimeout(() => { for (const label of panel.querySelectorAll('.widget-label')) {
+const all = () => { for (const label of panel.querySelectorAll('.widget-label')) {
     const control = label.parentNode, name = label.textContent, value = control.querySelector('.widget-readout');
     const handle = control.querySelector('.noUi-handle, .ui-slider-handle');
     tell(handle, 'slider', name); tell(value, 'textbox', name + ', as a number');
     if (handle) handle.ariaValueText = handle.ariaValueNow = value.textContent;
     if (control.querySelector('button')) tell(control, 'group', name);
-    for (const button of control.querySelectorAll('button')) button.ariaPressed = button.classList.contains('mod-active');
-} }, 100)">.srgan-explorer {}</style>"""
+    for (const button of control.querySelectorAll('button')) button.ariaPressed = button.classList.contains('mod-active') }
+    panel.querySelector('.srgan-status .widget-html-content').role = 'status' };
+all(); new MutationObserver(all).observe(panel, {subtree: true, childList: true, characterData: true, attributeFilter: ['class']})
+">.srgan-explorer {}</style>"""
 
 _PANEL_LIMIT = 4096  # px of SR along a side: 200 MB for each panel
 
@@ -4207,6 +4234,13 @@ def _panels_html(panels: list[tuple], zoom: tuple[float, float]) -> str:
             f'max-width: 72em; line-height: 1.5">{"".join(figures)}</div>')
 
 
+def _unused_file(title: str) -> Path:
+    """A file in the workspace for the picture `title`, with a number where one is there: nothing that was saved is written over."""
+    name = re.sub(r"[^\w.]+", "-", title).strip("-.")
+    files = (workspace() / f"{name}{number}.png" for number in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
+    return next(file for file in files if not file.exists())
+
+
 class Explorer:
     """The upscale factor by hand, for a notebook: display `panel`. Everything it shows, `factor_panels`, `panels_figure` and
     `before_after` make without widgets, too.
@@ -4222,8 +4256,9 @@ class Explorer:
         scale = load_generator(path)[1].scale
         self._weights = {each: find_generator(each, *folders) for each in _FACTORS} | {scale: Path(path)}
         self._photo, self._panels, self._busy, self._uploads = None, [], False, workspace() / "photos"
+        self._newest, self._listed = self._newest_upload(), None
         if in_colab():
-            upload = ipywidgets.Button()
+            upload = ipywidgets.Button(layout={"width": "auto"})
         else:
             upload = upload_images(self._uploads)
             upload.multiple = False
@@ -4251,12 +4286,13 @@ class Explorer:
             row("Upscale factor", "Network"), row("Picture", "Face", "Previous face", "Next face", "Mode", "Choose a photo"),
             row("Any factor", "Reduce crop to"), row("Crop left", "Crop top", "Crop size"), self.photo,
             row("Faithful to sharp"), self.status, self.pictures, row("Zoom left", "Zoom top", "Before/after"), self.slider,
-            row("Save figure", "Compare all factors"), self.sheet, self.clicked])
+            row("Save figure", "Compare all factors"), self.sheet, self.clicked, ipywidgets.HTML(_TOLD)])
+        self.status.add_class("srgan-status")
         panel.add_class("srgan-explorer")
         return panel
 
     def _say(self, text: str) -> None:
-        self.status.value = f'<div role="status" aria-live="polite">{html.escape(text)}</div>{_TOLD}'
+        self.status.value = f"<div>{html.escape(text)}</div>"
 
     def _callback(self, label: str) -> Callable:
         """What a change of this control calls. Its errors stand in the status line: elsewhere nobody would read them."""
@@ -4281,6 +4317,7 @@ class Explorer:
             return self._save() if label == "Save figure" else self._compare()
         if label == "clicked":
             label = self._click(*self.clicked.value.split())
+            self.clicked.value = ""  # or a click at the same place would be no change
         elif label in ("Previous face", "Next face"):
             face = controls["Face"]
             face.value = (face.value + (1 if label == "Next face" else -1)) % len(self._faces)
@@ -4301,13 +4338,16 @@ class Explorer:
             self._show()
 
     def _list_networks(self) -> None:
-        scale, network = self.controls["Upscale factor"].value, self.controls["Network"]
-        found = [self._weights[scale], *find_generators(scale, *self._folders)]
-        names = {path: "shipped with the project" if path == _shipped_weights(scale) else
-                 str(path).removesuffix(f"{os.sep}generator.safetensors") for path in found if path}
-        network.options = [(name, path) for path, name in names.items()] or [("none yet", None)]
+        scale, network, found = self.controls["Upscale factor"].value, self.controls["Network"], {}
+        if scale == self._listed:  # reading them all takes a while, from Drive a long one
+            return
+        for path in filter(None, (self._weights[scale], *find_generators(scale, *self._folders))):
+            found.setdefault(path.resolve(), path)
+        network.options = [("shipped with the project" if path == _shipped_weights(scale) else
+                            str(path).removesuffix(f"{os.sep}generator.safetensors"), path)
+                           for path in found.values()] or [("none yet", None)]
         network.index = 0  # ipywidgets 8 would choose none
-        self._weights[scale] = network.value
+        self._weights[scale], self._listed = network.value, scale
 
     def _crop(self) -> tuple[int, int, int]:
         """left, top and side of the crop. A slider's bounds must differ, so it may go a pixel too far."""
@@ -4325,8 +4365,9 @@ class Explorer:
         shown |= dict.fromkeys(("Crop left", "Crop top", "Crop size", "Reduce crop to"), own and self._photo is not None)
         for label, visible in shown.items():
             controls[label].layout.display = None if visible else "none"
-        network = controls["Network"].value
-        controls["Faithful to sharp"].disabled = not (network and find_parent(network))
+        scale = controls["Upscale factor"].value
+        networks = [self._weights[each] for each in ((8, 2) if alone and controls["Any factor"].value > 8 else (scale,))]
+        controls["Faithful to sharp"].disabled = not all(network and find_parent(network) for network in networks)
         pairs = ("bicubic | SRGAN",) if alone else ("bicubic | SRGAN", "SRGAN | HR")
         if controls["Before/after"].options != pairs:
             controls["Before/after"].options = pairs
@@ -4338,19 +4379,25 @@ class Explorer:
             self.photo.value = ('<div style="max-width: 320px">Click where the middle of the crop shall be:'
                                 f'{_framed(self._preview, "crop", *frame)}</div>')
 
+    def _newest_upload(self) -> tuple[int, Path] | None:
+        return max(((each.stat().st_mtime_ns, each) for each in self._uploads.glob("*")), default=None)
+
     def _choose(self) -> None:
         if in_colab():
             upload_images(self._uploads)
-        path = max(self._uploads.glob("*"), key=lambda each: each.stat().st_mtime_ns, default=None)
-        if path is None:
+        newest = self._newest_upload()
+        if newest in (None, self._newest):  # Colab's dialog was cancelled
             raise ValueError("no photo was chosen")
+        self._newest, path = newest, newest[1]
         try:
             self._photo = _on_white(_read_image(path))
         except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from None
+            path.unlink()  # or it would be found as the newest one
+            raise ValueError(f"{path.name}: {error}{'; the photo before it stays' * (self._photo is not None)}") from None
         self._title = path.stem
-        small = self._photo.resize([max(1, round(side * min(1, 320 / max(self._photo.size)))) for side in self._photo.size])
-        self._preview = _img(_image_png(_to_tensor(np.asarray(small))), f"your photo, {path.name}", "display: block; width: 100%")
+        small = self._photo.copy()
+        small.thumbnail((320, 320))
+        self._preview = _img(_encoded(small), f"your photo, {path.name}", "display: block; width: 100%")
         controls, side = self.controls, min(self._photo.size)  # the largest square in the middle
         controls["Crop size"].max = max(2, side)
         controls["Crop size"].value = side
@@ -4403,13 +4450,21 @@ class Explorer:
             if share < 1:
                 self._say(f"enlarging: {share:.0%}")
 
-        if largest > _TILE:
+        if largest > _TILE:  # the pictures of before would seem to be the new ones
+            self.pictures.value = self.slider.value = ""
             self._say(f"enlarging to {largest} px ...")
         self._panels, note = factor_panels(picture, factor, is_hr, self._weights, self._amount(), progress)
-        self._name = f"{re.sub('[^a-zA-Z0-9]+', '-', title)}-x{factor:g}"
+        self._label = f"{factor:g}x{self._made_by()}"
+        self._shown = f"{title} {self._label}"
         twice = " (two in a row: the second invents upon what the first invented)" if factor > 8 else ""
         self._say(f"{title}, {'shrunk, then ' if is_hr else ''}enlarged {factor:g}x by the {note}{twice}; "
                   f"{time.monotonic() - began:.2f} s")
+
+    def _made_by(self) -> str:
+        """What to add to the name of a picture that the shipped network, as it is, did not make."""
+        network, amount = self.controls["Network"].value, self._amount()
+        shipped = network in (None, _shipped_weights(self.controls["Upscale factor"].value))
+        return ("" if shipped else f" by {Path(network).parent.name}") + f" blend {amount:g}" * (amount < 1)
 
     def _zoom(self) -> tuple[float, float]:
         return self.controls["Zoom left"].value, self.controls["Zoom top"].value
@@ -4418,17 +4473,17 @@ class Explorer:
         self.pictures.value = _panels_html(self._panels, self._zoom())
         pair = self.controls["Before/after"].value
         left, right = self._panels[1:3] if pair == "bicubic | SRGAN" else self._panels[2:4]
-        self.slider.value = before_after(left[1], right[1], tuple(pair.split(" | ")), self._name).data
+        self.slider.value = before_after(left[1], right[1], tuple(pair.split(" | ")), self._shown).data
 
     def _save(self) -> None:
         if not self._panels:
             raise ValueError("there is no figure to save yet")
-        path = workspace() / f"{self._name}.png"
-        panels_figure({self._name: self._panels}, self._zoom()).savefig(path, dpi=120)
-        enlarged = workspace() / f"{self._name}-enlarged.png"
+        saved = [_unused_file(self._shown)]
+        panels_figure({self._label: self._panels}, self._zoom()).savefig(saved[0], dpi=120)
         if len(self._panels) == 3:
-            save_image(self._panels[2][1], enlarged)
-        self._say(f"saved: {path}" + (f" and {enlarged}" if len(self._panels) == 3 else ""))
+            saved.append(saved[0].with_stem(f"{saved[0].stem}-enlarged"))
+            save_image(self._panels[2][1], saved[1])
+        self._say(f"saved: {' and '.join(map(str, saved))}")
 
     def _compare(self) -> None:
         picture, _, is_hr, title = self._picture()
@@ -4436,12 +4491,15 @@ class Explorer:
         rows, missing = {}, []
         for scale in _FACTORS:
             self._say(f"comparing all factors: {scale}x ...")
+            network, amount = self._weights[scale], self._amount()
+            if amount < 1 and network and not find_parent(network):
+                amount, missing = 1.0, [*missing, f"{scale}x: sharp, since no faithful network is kept beside it"]
             try:
-                rows[f"{scale}x"] = factor_panels(picture, scale, is_hr, self._weights, self._amount())[0]
-            except FileNotFoundError as error:
-                missing.append(_one_line(error))
+                rows[f"{scale}x"] = factor_panels(picture, scale, is_hr, self._weights, amount)[0]
+            except (FileNotFoundError, ValueError) as error:  # no network; too few px for this factor
+                missing.append(f"{scale}x: {_one_line(error)}")
         if rows:
-            figure, path = panels_figure(rows, self._zoom()), workspace() / f"{re.sub('[^a-zA-Z0-9]+', '-', title)}-all.png"
+            figure, path = panels_figure(rows, self._zoom()), _unused_file(f"{title} all factors{self._made_by()}")
             figure.savefig(path, dpi=100)
             self.sheet.value = figure._repr_html_()
             missing.insert(0, f"all factors, saved: {path}")
@@ -4455,7 +4513,7 @@ class Explorer:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message}; see `python srgan_utils.py --help`")
+        raise ValueError(f"{message}; see `python {self.prog} --help`")
 
 
 def _number(name: str, text: str | None, kind=float, least=0.0):
@@ -4510,8 +4568,8 @@ def _chosen_weights(args: argparse.Namespace, scale: int | None) -> Path:
         return Path(args.weights)
     path = _shipped_weights(scale or 4)
     if not path.exists():
-        raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x: train a run and give --run DIR, "
-                                "or give --weights FILE")
+        raise FileNotFoundError(f"there are no shipped weights for {scale or 4}x: train a run and give --run DIR, or give "
+                                f"--weights FILE{'' if scale in _FACTORS else ' (the project brings 2, 4 and 8)'}")
     return path
 
 
@@ -4584,6 +4642,8 @@ def _upscale_file(path: Path, target: Path, generator: Generator, config: Config
     """One photo, transparency kept (enlarged by the plain bicubic)."""
     from PIL import Image
 
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the images in it, {path / '*.jpg'} say")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -4670,12 +4730,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--scales", nargs="+", default=["4", "8"], metavar="S", help="default: 4 8")
     report.add_argument("--epochs", metavar="N", help="default: the report's 3")
     upscale_ = commands.add_parser("upscale", help="enlarge photos")
-    upscale_.add_argument("images", nargs="+", metavar="IMAGE")
+    upscale_.add_argument("images", nargs="+", metavar="IMAGE", help="photos; faces about 176 px wide suit the networks best")
     for command in (compare, upscale_):
-        command.add_argument("--out", required=True, metavar="DIR")
-        command.add_argument("--run", metavar="DIR")
-        command.add_argument("--weights", metavar="FILE")
-        command.add_argument("--scale", metavar="S", help="the shipped weights for this factor")
+        command.add_argument("--out", required=True, metavar="DIR", help="where the results go")
+        command.add_argument("--run", metavar="DIR", help="take the network of this run, and")
+        command.add_argument("--weights", metavar="FILE", help="the one in this generator.safetensors; without either:")
+        command.add_argument("--scale", metavar="S", help="the one that ships for this factor, 2, 4 or 8 (default: 4)")
         command.add_argument("--blend", metavar="A", help="from 0, faithful (pixel loss alone), to 1, sharp")
     compare.add_argument("--split", default="test", metavar="test|all")
     compare.add_argument("--count", metavar="N", help="faces to measure")

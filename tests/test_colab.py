@@ -133,6 +133,24 @@ def test_a_dialog_that_is_cancelled_changes_nothing(srgan, machine):
     assert list((machine.content / "photos").iterdir()) == []
 
 
+def test_what_is_exported_is_downloaded_or_the_reason_is_said(srgan, machine, monkeypatch):
+    import IPython.display
+
+    run, shown = machine.content / "r", []
+    run.mkdir()
+    for name in ("generator.safetensors", "history.csv"):
+        (run / name).write_text(name)
+    monkeypatch.setattr(IPython.display, "display", lambda each, display_id=None: shown.append(each))
+    srgan.export_button(run)
+    button, said = shown[0].children
+    machine.outputs_blocked = True
+    button.click()
+    assert said.value == "TypeError: Failed to fetch" and not machine.downloads
+    machine.outputs_blocked = False
+    button.click()
+    assert said.value.startswith("r.zip, ") and machine.downloads == [str(run / "r.zip")]
+
+
 # --- The four notebooks
 
 

@@ -9,7 +9,6 @@ import zipfile
 from base64 import b64decode
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,11 +55,15 @@ def test_stopped_by_the_button_it_is_saved_and_ends_as_if_never_stopped(store, t
 
 def test_it_is_redrawn_in_place(store, tmp_path, displays, monkeypatch):
     """One display whatever happens, the same widgets, pictures of one size; at the end no widget is left to be saved."""
-    monkeypatch.setattr(srgan, "max", lambda *values, **_: 0 if values[:1] == (5,) else max(*values, **_), raising=False)
+    from ipywidgets.widgets import widget as module
+
+    models = module._instances if hasattr(module, "_instances") else module.Widget.widgets  # of ipywidgets 8, of 7
+    before = set(models)
     dashboard, sizes, widgets = srgan.Dashboard(tmp_path / "r"), {"curves": set(), "strip": set()}, set()
     for event in dashboard.watch(srgan.train(store, tmp_path / "r", "sharp", TINY | {"sample_steps": 2})):
+        dashboard._curves_due = 0  # drawn at each update, not every five seconds
         dashboard._refresh()
-        assert 'role="status"' in dashboard._widgets["progress"].value and "img/s" in dashboard._widgets["progress"].value
+        assert 'role="timer"' in dashboard._widgets["progress"].value and "img/s" in dashboard._widgets["progress"].value
         widgets.add(tuple(widget.model_id for widget in dashboard._widgets.values()))
         for name, seen in sizes.items():
             if value := dashboard._widgets[name].value:
@@ -72,7 +75,18 @@ def test_it_is_redrawn_in_place(store, tmp_path, displays, monkeypatch):
     assert "application/vnd.jupyter.widget-view+json" in first and set(last) == {"text/html", "text/plain"}
     for seen in sizes.values():
         assert len(seen) >= 3 and len({size[:2] for size in seen}) == 1  # several pictures, one size
-    assert all(widget.comm is None for widget in dashboard._widgets.values())
+    assert all(widget.comm is None for widget in dashboard._widgets.values()) and set(models) <= before
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_does_not_look_as_if_it_went_on(store, tmp_path, displays, monkeypatch):
+    def fail(*_, **__):
+        raise FloatingPointError("the loss is not finite")
+
+    with pytest.raises(FloatingPointError):
+        for event in srgan.Dashboard(tmp_path / "r").watch(srgan.train(store, tmp_path / "r", "sharp", TINY | {"save_steps": 9})):
+            monkeypatch.setattr(srgan, "_updates", fail)
+    last = displays[0][-1]
+    assert "Nothing was saved" in last["text/plain"] and "img/s" not in last["text/html"] and "none yet" not in last["text/html"]
 
 
 def test_without_ipywidgets_it_is_a_picture_that_is_replaced(store, tmp_path, displays, monkeypatch):
@@ -144,7 +158,22 @@ def test_the_forecast_of_a_run_that_exists(store, tmp_path, paced):
 
 
 def test_a_finished_run_is_said_to_be_finished(store, tiny_run, paced):
-    assert srgan.forecast(store, tiny_run) == "finished: all 6 updates are done"
+    assert srgan.forecast(store, tiny_run) == "finished: all 6 updates are done; more minutes, or more steps, train on"
+
+
+def test_a_finished_run_can_be_made_longer_by_minutes(store, tiny_run, tmp_path, paced):
+    """Only when it is finished: a cut in between does not lengthen it again."""
+    assert srgan.longer(store, tmp_path / "new", 1) == {}
+    shutil.copytree(tiny_run, tmp_path / "r")
+    changes = srgan.longer(store, tmp_path / "r", 0.2)
+    assert changes == {"steps": 3 + 4}  # 12 s of 3 s each
+    events = srgan.train(store, tmp_path / "r", "sharp", {"scale": 4} | changes)
+    assert next(events).notes == ["continues at update 6 of 10"]
+    events.close()
+    assert srgan.longer(store, tmp_path / "r", 0.2) == {}
+    for event in srgan.train(store, tmp_path / "r", "sharp", {"scale": 4}):
+        pass
+    assert event.step == event.total == 10 and srgan.longer(store, tmp_path / "r", 0.2) == {"steps": 3 + 8}
 
 
 def test_minutes_that_set_the_length_need_no_timing(store, tmp_path, monkeypatch):
@@ -221,17 +250,6 @@ def test_the_export_button_says_what_is_missing_and_then_links(tiny_run, tmp_pat
     assert said.value.startswith("r.zip, ") and "generator.safetensors" in said.value
     path, = linked
     assert not Path(path).is_absolute() and Path(path).resolve() == tmp_path / "r" / "r.zip"
-
-
-def test_the_export_button_downloads_in_colab(tiny_run, tmp_path, export, monkeypatch):
-    button, _, linked = export
-    fetched = []
-    colab = SimpleNamespace(files=SimpleNamespace(download=fetched.append))
-    monkeypatch.setitem(sys.modules, "google.colab", colab)
-    monkeypatch.setattr(srgan, "in_colab", lambda: True)
-    shutil.copytree(tiny_run, tmp_path / "r")
-    button.click()
-    assert fetched == [str(tmp_path / "r" / "r.zip")] and not linked
 
 
 # --- In a real kernel, whose main thread is busy while the button is clicked

@@ -120,6 +120,12 @@ def test_generators_are_listed_newest_first_then_the_shipped_one(weights, tmp_pa
         os.utime(path, (1e9 + age, 1e9 + age))
     found = [path.resolve() for path in srgan.find_generators(4, tmp_path / "drive", tmp_path / "missing")]
     assert found == [paths[1], paths[0], shipped]
+    quick = tmp_path / "drive" / "quick" / "generator.safetensors"  # of two minutes on a CPU
+    quick.parent.mkdir()
+    config = srgan.Config.preset("demo", **NET, scale=4)
+    srgan.export_generator(quick, srgan.Generator(config), config)
+    found = [path.resolve() for path in srgan.find_generators(4, tmp_path / "drive")]
+    assert found == [paths[1], paths[0], shipped, quick]
     assert list(srgan.find_generators(8, tmp_path / "drive")) == [] and srgan.find_generator(8) is None
 
 
@@ -193,7 +199,7 @@ def test_before_after_holds_both_images_and_a_slider_that_needs_no_script():
         assert np.array_equal(np.asarray(picture), image[0].mul(255).round().byte().permute(1, 2, 0).numpy())
     slider = re.search(r'<input type="range"[^>]*>', text).group()
     assert 'aria-label="a &lt; b left of the line, c right of it: per cent"' in slider
-    assert "this.parentNode.style.setProperty('--cut', this.value + '%')" in slider and "display: none" not in text
+    assert "this.parentNode).style.setProperty('--cut', this.value + '%')" in slider and "display: none" not in text
 
 
 # --- Explorer
@@ -208,7 +214,7 @@ def explorer(store, weights, tmp_path, monkeypatch):
 
 
 def status(explorer) -> str:
-    said = re.match('<div role="status" aria-live="polite">(.*?)</div>', explorer.status.value, re.DOTALL)[1]
+    said = re.fullmatch("<div>(.*)</div>", explorer.status.value, re.DOTALL)[1]
     assert "Traceback" not in said and "\n" not in said
     return html.unescape(said)
 
@@ -308,7 +314,7 @@ def test_a_factor_without_weights_says_how_to_train_it(store, weights, tmp_path,
     explorer.controls["Save figure"].click()
     assert status(explorer) == "there is no figure to save yet"
     explorer.controls["Compare all factors"].click()
-    assert "-all.png" in status(explorer) and "no network for 8x yet" in status(explorer)
+    assert "all-factors.png" in status(explorer) and "no network for 8x yet" in status(explorer)
     explorer.controls["Upscale factor"].value = 4
     assert "SRGAN 4x" in explorer.pictures.value
 
@@ -354,8 +360,10 @@ def test_crop_by_sliders_and_by_clicking(explorer):
     explorer.controls["Crop size"].value = 200
     assert [explorer.controls[f"Crop {what}"].value for what in ("left", "top", "size")] == [100, 1, 200]
     assert explorer._crop() == (100, 0, 200)  # a slider's bounds must differ
-    explorer.clicked.value = "zoom 0.5 0.0"
-    assert (explorer.controls["Zoom left"].value, explorer.controls["Zoom top"].value) == (0.5, 0)
+    for _ in range(2):  # the same place again, after a slider has moved the part away
+        explorer.clicked.value = "zoom 0.5 0.0"
+        assert (explorer.controls["Zoom left"].value, explorer.controls["Zoom top"].value) == (0.5, 0)
+        explorer.controls["Zoom left"].value = 0.9
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (3, 500)])
@@ -370,7 +378,9 @@ def test_what_is_no_photo_is_refused_in_one_line_and_the_last_one_stays(explorer
     with_photo(explorer)
     shown = explorer.pictures.value
     choose(explorer, "notes.png", b"no picture")
-    assert status(explorer) == "notes.png: not an image that Pillow can read" and explorer.pictures.value == shown
+    assert status(explorer) == "notes.png: not an image that Pillow can read; the photo before it stays"
+    assert explorer.pictures.value == shown
+    assert [path.name for path in explorer._uploads.iterdir()] == ["me.png"]  # or 4.7 would take it for the newest photo
 
 
 def test_large_photos_show_progress_and_have_a_bound(explorer, monkeypatch):
@@ -379,7 +389,7 @@ def test_large_photos_show_progress_and_have_a_bound(explorer, monkeypatch):
     said, say = [], explorer._say
     monkeypatch.setattr(explorer, "_say", lambda text: (said.append(text), say(text)))
     explorer.controls["Reduce crop to"].value = 304
-    assert said[0] == "enlarging to 1216 px ..." and re.fullmatch(r"enlarging: \d+%", said[1]) and len(said) == 6 - 1
+    assert said[0] == "enlarging to 1216 px ..." and re.fullmatch(r"enlarging: \d+%", said[1]) and len(said) == 5  # 4 tiles
     explorer.controls["Any factor"].value = 16
     assert "304 px would become 4864 px, and 4096 are the most here" in status(explorer) and explorer.pictures.value == ""
     explorer.controls["Reduce crop to"].value = 600
@@ -395,7 +405,7 @@ def test_an_unforeseen_error_stands_in_the_status_line(explorer, monkeypatch):
 
 def test_the_figure_is_saved(explorer, tmp_path):
     explorer.controls["Save figure"].click()
-    path = tmp_path / "srgan-work" / "test-face-0-x4.png"
+    path = tmp_path / "srgan-work" / "test-face-0-4x.png"
     assert status(explorer) == f"saved: {path.relative_to(tmp_path)}"
     with Image.open(path) as picture:
         assert picture.size == (12 * 120, 6.5 * 120)
@@ -403,15 +413,69 @@ def test_the_figure_is_saved(explorer, tmp_path):
     explorer.controls["Mode"].value = "Enlarge it"
     explorer.controls["Any factor"].value = 2.5
     explorer.controls["Save figure"].click()
-    with Image.open(tmp_path / "srgan-work" / "me-40-px-x2.5.png") as figure:
+    with Image.open(tmp_path / "srgan-work" / "me-40-px-2.5x.png") as figure:
         assert figure.size == (9 * 120, 6.5 * 120)
-    enlarged = srgan.load_image(tmp_path / "srgan-work" / "me-40-px-x2.5-enlarged.png")
+    enlarged = srgan.load_image(tmp_path / "srgan-work" / "me-40-px-2.5x-enlarged.png")
     assert torch.equal(enlarged, explorer._panels[2][1]) and enlarged.shape[-2:] == (100, 100)
+
+
+def test_nothing_that_was_saved_is_written_over(explorer, tmp_path):
+    def saved(name):
+        before = {path: path.read_bytes() for path in (tmp_path / "srgan-work").glob("*.png")}
+        explorer.controls["Save figure"].click()
+        assert status(explorer) == f"saved: srgan-work/{name}.png"
+        assert (tmp_path / "srgan-work" / f"{name}.png") not in before
+        assert all(path.read_bytes() == data for path, data in before.items())
+
+    saved("test-face-0-4x")
+    explorer.controls["Zoom left"].value = 0.9
+    saved("test-face-0-4x-2")
+    explorer.controls["Faithful to sharp"].value = 0.5
+    saved("test-face-0-4x-blend-0.5")
+    explorer.controls["Picture"].value = "Your photo"
+    for name in ("照片", "写真"):
+        choose(explorer, f"{name}.png", png(90, 80))
+        saved(f"{name}-80-px-4x-blend-0.5")
+
+
+def test_a_mixture_needs_the_parent_of_each_network_in_use(store, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(weights[2].read_bytes())
+    monkeypatch.setattr(srgan, "_shipped_weights", (weights | {2: alone}).get)
+    explorer = srgan.Explorer(store, weights[4])
+    slider = explorer.controls["Faithful to sharp"]
+    slider.value = 0.5
+    explorer.controls["Compare all factors"].click()
+    assert "2x: sharp, since no faithful network is kept beside it" in status(explorer)
+    assert re.findall("SRGAN .x", images_in(explorer.sheet.value)[0][0]) == ["SRGAN 2x", "SRGAN 4x", "SRGAN 8x"]
+    with_photo(explorer, 40, 40)
+    explorer.controls["Mode"].value = "Enlarge it"
+    for factor, disabled in ((8.0, False), (12.0, True), (2.0, True), (3.0, False)):
+        explorer.controls["Any factor"].value = factor
+        assert slider.disabled == disabled and f"enlarged {factor:g}x" in status(explorer), factor
+
+
+def test_all_factors_of_a_small_crop_are_those_that_can_be_measured(explorer):
+    with_photo(explorer, 24, 24)
+    explorer.controls["Compare all factors"].click()
+    assert "8x: 24 x 24 px are too few" in status(explorer)
+    assert re.findall("SRGAN .x", images_in(explorer.sheet.value)[0][0]) == ["SRGAN 2x", "SRGAN 4x"]
+
+
+def test_networks_are_listed_anew_for_another_scale_only(explorer, monkeypatch):
+    with_photo(explorer, 40, 40)
+    explorer.controls["Mode"].value = "Enlarge it"
+    asked, find = [], srgan.find_generators
+    monkeypatch.setattr(srgan, "find_generators", lambda scale, *folders: asked.append(scale) or find(scale, *folders))
+    for factor in (3.0, 3.5, 2.5, 6.0, 7.0, 4.0):
+        explorer.controls["Any factor"].value = factor
+    assert asked == [8, 4]
 
 
 def test_compare_all_factors(explorer, tmp_path):
     explorer.controls["Compare all factors"].click()
-    path = tmp_path / "srgan-work" / "test-face-0-all.png"
+    path = tmp_path / "srgan-work" / "test-face-0-all-factors.png"
     assert status(explorer) == f"all factors, saved: {path.relative_to(tmp_path)}"
     (alt, shown), = images_in(explorer.sheet.value)
     with Image.open(path) as picture:
@@ -439,6 +503,10 @@ def test_in_colab_a_button_opens_colabs_own_dialog(store, weights, tmp_path, mon
     explorer.controls["Picture"].value = "Your photo"
     explorer.controls["Choose a photo"].click()
     assert status(explorer).startswith("me, 80 px, shrunk, then enlarged 4x")
-    colab.files.upload = dict  # cancelled: the photo stays
+    explorer.controls["Crop size"].value = 40
+    shown = explorer.pictures.value
+    colab.files.upload = dict  # cancelled: photo and crop stay
     explorer.controls["Choose a photo"].click()
-    assert status(explorer).startswith("me, 80 px, shrunk, then enlarged 4x")
+    assert status(explorer) == "no photo was chosen" and explorer.pictures.value == shown
+    explorer.controls["Upscale factor"].value = 2
+    assert status(explorer).startswith("me, 40 px, shrunk, then enlarged 2x")

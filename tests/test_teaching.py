@@ -137,7 +137,8 @@ def test_contact_sheet_of_what_was_accepted(mixed):
     shown = tiles(srgan.contact_sheet(store))
     assert len(shown) == len(store) == 4 and all(shown.values())
     assert "c.png" in [caption.split(",")[0] for caption in shown if caption.endswith(", enlarged")]
-    assert "4 of 4 accepted" in srgan.contact_sheet(store).data
+    assert "<p>4 accepted</p>" in srgan.contact_sheet(store).data
+    assert "<p>4 accepted, 3 of them shown</p>" in srgan.contact_sheet(store, count=3).data
     assert len(tiles(srgan.contact_sheet(store, count=3))) == 3
     parts = dict(caption.split(", ")[:2] for caption in shown)
     assert parts["a.png"] == ("train", "validation", "test", "unused")[store.split[store.names.index("a.png")]]
@@ -160,6 +161,13 @@ def test_contact_sheet_of_what_was_left_out(mixed):
 def test_names_in_a_contact_sheet_are_text(mixed, left_out):
     data = srgan.contact_sheet(mixed[1], left_out).data
     assert "<script" not in data and "\n" not in data
+
+
+def test_a_contact_sheet_downloads_nothing(mixed, monkeypatch):
+    """Where the pictures of a source that was fetched are gone, reasons alone are shown."""
+    monkeypatch.setattr(mixed[1], "source", "celeba")
+    monkeypatch.setattr(srgan, "open_source", lambda name: pytest.fail(f"{name} was asked for"))
+    assert not any(tiles(srgan.contact_sheet(mixed[1], left_out=True)).values())
 
 
 def test_contact_sheet_where_nothing_was_left_out(store):
