@@ -5,6 +5,7 @@ with ipywidgets 7.7.1, Colab's own. Not run unless asked for: `python -m pytest 
 folder to keep a screenshot of each step in.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -51,12 +52,17 @@ EXECUTED += (".filter(c => c.model.type == 'code').map(c => c.model.executionCou
 LAST_EXECUTED = EXECUTED.replace("Math.min", "Math.max")
 CONNECTED = ("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'" if LAB else
              "() => window.Jupyter?.notebook?._fully_loaded && Jupyter.notebook.kernel?.is_connected()")
-# A number for each picture on the page that a new picture changes
+# What changes with any picture on the page, and with those of the panel
 PICTURES = """() => [...document.querySelectorAll('%s img')].filter(i => i.offsetParent).map(i => {
-    const at = i.src.length >> 1; return i.src.length + i.src.slice(at, at + 80) + i.src.slice(-200, -20)}).join()""" % OUTPUT
-FAILED = f"() => {CELLS}.flatMap(c => {'c.model.outputs?.toJSON()' if LAB else 'c.output_area?.outputs'} || [])"
+    const at = i.src.length >> 1; return i.src.length + i.src.slice(at, at + 80) + i.src.slice(-200, -20)}).join()"""
+PICTURES, SHOWN = PICTURES % OUTPUT, PICTURES % PANEL
+OUTPUTS = "c.model.outputs?.toJSON()" if LAB else "c.output_area?.outputs"
+FAILED = f"() => {CELLS}.flatMap(c => {OUTPUTS} || [])"
 FAILED += ".filter(output => output.output_type == 'error').map(output => output.evalue)"
-STATUS = "() => [...document.querySelectorAll('%s [role=status]')].map(e => e.innerText).join(' ')" % OUTPUT
+STATUS = ("() => [...document.querySelectorAll('%s [role=status], %s [role=timer]')].map(e => e.innerText).join(' ')"
+          % (OUTPUT, OUTPUT))
+CUT = """e => [...e.parentNode.querySelectorAll('*')].map(
+    each => getComputedStyle(each).clipPath).filter(path => path != 'none').join()"""
 
 
 def open_port() -> int:
@@ -164,7 +170,8 @@ class Person:
     def run_all(self) -> None:
         before = self.page.evaluate(EXECUTED)
         self.press_run_all()
-        self.page.wait_for_function(f"before => ({EXECUTED})() > before", arg=before, timeout=PATIENCE["Run all"])
+        self.page.wait_for_function(f"before => ({EXECUTED})() > before || ({FAILED})().length", arg=before,
+                                    timeout=PATIENCE["Run all"])
         assert self.page.evaluate(FAILED) == []
 
     def run(self, code: str) -> None:
@@ -213,10 +220,11 @@ class Person:
         """The before/after slider."""
         return self.page.locator(f"{PANEL} input[type=range]").first
 
-    def state(self, what: str) -> str:
-        return self.page.evaluate(what)
+    @property
+    def status(self) -> str:
+        return self.page.evaluate(STATUS)
 
-    def changes(self, action, what: str = PICTURES) -> float:
+    def changes(self, action, what: str = SHOWN) -> float:
         """Seconds from an action to what it changes."""
         before, began = self.page.evaluate(what), time.perf_counter()
         action()
@@ -225,34 +233,30 @@ class Person:
 
     def settled(self) -> None:
         """Wait until all that was asked of the kernel is done."""
-        idle = ("() => jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == 'idle'" if LAB else
-                "() => document.querySelector('#kernel_indicator_icon').classList.contains('kernel_idle_icon')")
-        self.page.wait_for_function(idle)
+        self.page.wait_for_function(CONNECTED if LAB else "() => document.querySelector('.kernel_idle_icon')")
 
     def cut(self) -> str:
         """Where the before/after slider cuts its pictures."""
-        return self.range.evaluate("""e => [...e.parentNode.querySelectorAll('*')].map(
-            each => getComputedStyle(each).clipPath).filter(path => path != 'none').join()""")
+        return self.range.evaluate(CUT)
 
     def outputs(self):
-        """A selector of each code cell's output in turn, which is brought onto the screen."""
-        for number in range(self.page.evaluate(f"() => {CELLS}.length")):
-            self.show(number)
-            self.page.wait_for_timeout(100)
-            self.page.evaluate(f"number => {{ {NODE}.dataset.number = number }}", number)
+        """Number and selector of each code cell's output in turn, which is brought onto the screen."""
+        for number in self.page.evaluate(f"() => {CELLS}.flatMap((c, i) => {OUTPUTS}?.length ? [i] : [])"):
             where = f"[data-number='{number}'] {OUTPUT}"
-            if self.page.locator(where).count():
-                yield number, where
+            self.show(number)
+            self.page.evaluate(f"number => {{ {NODE}.dataset.number = number }}", number)
+            self.page.wait_for_selector(where, state="attached")
+            yield number, where
 
     def finds(self, fault, picture=None, name: str = ""):
         """What `fault` finds in any output, with the cell's number; `picture` keeps each as a screenshot."""
-        seen = 0
+        numbers = []
         for number, where in self.outputs():
-            seen += 1
+            numbers.append(number)
             if picture:
                 picture(f"{self.stem[:2]}-{name}-{number:02}")
             yield from ((number, each) for each in fault(self.page, where))
-        assert seen > 3
+        assert len(numbers) > 8
 
     def picture(self, name: str, folder: Path) -> None:
         """Keep a screenshot."""
@@ -287,7 +291,8 @@ ROLES = "button|checkbox|combobox|group|img|link|progressbar|radio|slider|spinbu
 def nameless(page, where: str) -> list[str]:
     """What a screen reader would call by its kind alone: controls and pictures without a name, as Chromium computes it."""
     found = "\n".join(part.aria_snapshot() for part in page.locator(where).all())
-    return [line for line in found.splitlines() if re.match(rf'\s*- ({ROLES})(?! ")', line)]
+    silent = page.evaluate("where => [...document.querySelectorAll(`${where} img`)].filter(e => !e.alt.trim()).length", where)
+    return [line for line in found.splitlines() if re.match(rf'\s*- ({ROLES})(?! ")', line)] + ["picture without text"] * silent
 
 
 CONTROLS = """where => [...document.querySelectorAll(
@@ -343,7 +348,7 @@ def test_another_factor_is_another_picture(explorer, tmp_path):
     for factor in ("8x", "2x", "4x"):
         seconds = explorer.changes(explorer.button(factor, "Upscale factor").click)
         explorer.settled()
-        assert factor[0] in explorer.state(STATUS)
+        assert f"enlarged {factor} by" in explorer.status
         print(f"{NAME}: {factor} after {seconds:.2f} s")
         explorer.picture(f"04-factor-{factor}", tmp_path)
 
@@ -358,6 +363,7 @@ def test_another_face_is_another_picture(explorer, tmp_path):
 
 
 def test_the_face_slider_follows_the_mouse(explorer, tmp_path):
+    explorer.handle("Face").scroll_into_view_if_needed()
     handle, track = explorer.handle("Face").bounding_box(), explorer.widget("Face").bounding_box()
     x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
 
@@ -367,7 +373,6 @@ def test_the_face_slider_follows_the_mouse(explorer, tmp_path):
         explorer.page.mouse.move(x + track["width"] / 4, y, steps=5)
         explorer.page.mouse.up()
 
-    explorer.handle("Face").scroll_into_view_if_needed()
     explorer.changes(drag)
     explorer.settled()
 
@@ -392,9 +397,7 @@ def test_the_cut_follows(how, explorer, tmp_path):
         for kind, x in (("touchStart", end), ("touchMove", (start + end) / 2), ("touchMove", start), ("touchEnd", None)):
             points = [] if x is None else [{"x": x, "y": y}]
             screen.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    explorer.page.wait_for_function("""([e, before]) => [...e.parentNode.querySelectorAll('*')].map(
-        each => getComputedStyle(each).clipPath).filter(path => path != 'none').join() != before""",
-        arg=[explorer.range.element_handle(), before])
+    explorer.page.wait_for_function(f"([e, before]) => ({CUT})(e) != before", arg=[explorer.range.element_handle(), before])
     explorer.picture(f"04-cut-{how}", tmp_path)
 
 
@@ -418,15 +421,47 @@ def test_a_button_is_pressed_by_the_keyboard(explorer):
     explorer.settled()
 
 
+@pytest.mark.parametrize("moved", ["", "Zoom left"])
+def test_a_click_into_a_picture_moves_the_enlarged_part(moved, explorer):
+    if moved:  # and a second click at the same place brings it back
+        explorer.changes(lambda: explorer.handle(moved).press("Home"))
+        explorer.settled()
+    picture = explorer.page.locator(f"{PANEL} figure img").first
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    explorer.changes(lambda: explorer.page.mouse.click(box["x"] + 0.75 * box["width"], box["y"] + 0.25 * box["height"]))
+    explorer.settled()
+    assert explorer.widget("Zoom left").locator(".widget-readout").inner_text() == "0.83"  # (0.75 - 1/8) / (3/4)
+
+
+def test_the_cut_stays_where_it_is_from_face_to_face(explorer):
+    explorer.range.focus()
+    for _ in range(7):
+        explorer.page.keyboard.press("ArrowLeft")
+    at = explorer.range.input_value()
+    explorer.changes(explorer.button("Next face").click)
+    explorer.settled()
+    assert explorer.range.input_value() == at != "50" and f"{100 - int(at)}%" in explorer.cut()
+
+
 def test_what_the_panel_tells_a_screen_reader(explorer):
+    """Names, values and states as they are shown, after changes by others than the control itself, too."""
     panel = explorer.page.locator(PANEL).first
-    sliders = {each.get_attribute("aria-label") for each in panel.get_by_role("slider").all()}
-    assert {"Face", "Faithful to sharp", "Zoom left", "Zoom top"} <= sliders
-    said = panel.get_by_role("slider", name="Face").get_attribute("aria-valuetext")
-    assert said == explorer.widget("Face").locator(".widget-readout").inner_text()
-    factors = panel.get_by_role("group", name="Upscale factor").get_by_role("button").all()
-    pressed = {each.inner_text(): each.get_attribute("aria-pressed") for each in factors}
-    assert sorted(pressed) == ["2x", "4x", "8x"] and sorted(pressed.values()) == ["false", "false", "true"]
+    explorer.changes(lambda: explorer.handle("Zoom left").press("ArrowRight"))
+    explorer.changes(explorer.widget("Before/after").get_by_role("button").first.click)
+    explorer.changes(explorer.button("Next face").click)
+    explorer.settled()
+    sliders = [each for each in panel.get_by_role("slider").all() if each.get_attribute("type") != "range"]
+    names = {each.get_attribute("aria-label") for each in sliders}
+    assert {"Face", "Faithful to sharp", "Zoom left", "Zoom top"} <= names
+    for each in sliders:
+        shown = explorer.widget(each.get_attribute("aria-label")).locator(".widget-readout").inner_text()
+        assert each.get_attribute("aria-valuetext") == shown
+    for label in ("Upscale factor", "Picture", "Before/after"):
+        choices = panel.get_by_role("group", name=label).get_by_role("button").all()
+        pressed = [each.get_attribute("aria-pressed") == "true" for each in choices]
+        assert pressed == ["mod-active" in each.get_attribute("class") for each in choices] and sum(pressed) == 1
+    assert panel.get_by_role("status").inner_text() == explorer.status != ""
 
 
 def test_save_writes_a_file(explorer, tmp_path):
@@ -438,7 +473,7 @@ def test_save_writes_a_file(explorer, tmp_path):
     explorer.settled()
     new = [path for path, when in saved().items() if before.get(path) != when]
     assert new and all(Image.open(path).width > 300 for path in new)
-    assert any(path.name in explorer.state(STATUS) for path in new), explorer.state(STATUS)
+    assert any(path.name in explorer.status for path in new), explorer.status
     explorer.picture("04-saved", tmp_path)
 
 
@@ -496,7 +531,7 @@ def test_training_stopped_and_run_again_after_a_reload_continues(browser, server
     print(f"{NAME}: stopped {time.perf_counter() - began:.2f} s after the button")
     person.page.wait_for_function(f"() => ({EXECUTED})() > 0", timeout=PATIENCE["Run all"])
     person.picture("03-stopped", tmp_path)
-    numbers = re.search(r"update ([\d,]+) of ([\d,]+)", person.state(STATUS)).groups()
+    numbers = re.search(r"update ([\d,]+) of ([\d,]+)", person.status).groups()
     kept, total = (int(number.replace(",", "")) for number in numbers)
     assert 0 < kept < total and steps(person.folder) == list(range(1, kept + 1))
 
@@ -549,20 +584,29 @@ def test_every_control_is_reached_by_the_tab_key(reader):
 def test_legible_at_twice_the_size(reader, tmp_path):
     """As zoom by the browser does: half as many px, each twice as large."""
     reader.page.set_viewport_size({side: px // 2 for side, px in SCREEN.items()})
-    found = list(reader.finds(outside, partial(reader.picture, folder=tmp_path), "zoom"))
-    reader.page.set_viewport_size(SCREEN)
-    assert found == []
+    try:
+        assert list(reader.finds(outside, partial(reader.picture, folder=tmp_path), "zoom")) == []
+    finally:
+        reader.page.set_viewport_size(SCREEN)
 
 
 if LAB:  # Notebook 6 has no dark theme
+    @contextlib.contextmanager
+    def dark(page):
+        def change(theme: str, light: str) -> None:
+            page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+            page.wait_for_selector(f"body[data-jp-theme-light={light}]", state="attached")
+            page.wait_for_selector("#jupyterlab-splash", state="detached")  # which dims all below it
+
+        change("JupyterLab Dark", "false")
+        try:
+            yield
+        finally:
+            change("JupyterLab Light", "true")
+
     def test_legible_in_the_dark_theme(reader, tmp_path):
-        reader.page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-        reader.page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
-        reader.page.wait_for_selector("#jupyterlab-splash", state="detached")  # which dims all below it
-        found = list(reader.finds(faint, partial(reader.picture, folder=tmp_path), "dark"))
-        reader.page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
-        reader.page.wait_for_selector("body[data-jp-theme-light=true]", state="attached")
-        assert found == []
+        with dark(reader.page):
+            assert list(reader.finds(faint, partial(reader.picture, folder=tmp_path), "dark")) == []
 
 
 @pytest.mark.parametrize("reader", ["01_data"], indirect=True)
