@@ -403,7 +403,8 @@ def hardware_note() -> str:
     if torch.cuda.is_available():
         return f"GPU: {torch.cuda.get_device_name()}"
     where = "Runtime > Change runtime type > T4 GPU gives you one" if in_colab() else "none was found"
-    return f"No GPU ({where}): small settings, on {torch.get_num_threads()} CPU threads."
+    count = torch.get_num_threads()
+    return f"No GPU ({where}): small settings, on {count} CPU thread{'s' * (count > 1)}."
 
 
 # --- Files: never half-written, noticed when damaged, one writer at a time
