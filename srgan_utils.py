@@ -2759,9 +2759,9 @@ def stages_figure(stages: dict[str, Generator], config: Config, faces: Tensor, n
             for ax, pixels in zip(axes[2 * row:2 * row + 2, column], (whole[row], zoomed[row])):
                 ax.imshow(pixels, interpolation="nearest", vmin=0, vmax=255)
                 ax.set(xticks=[], yticks=[])
-            axes[2 * row, column].set_title(name if row == 0 else "")
+            axes[2 * row, column].set_title(name if row == 0 else "", fontsize=13)  # to be read where eight panels share a page
             distance = "" if name == "HR" else f"{near:.2f} dB, "
-            axes[2 * row + 1, column].set_xlabel(f"{distance}index {index:.2f}" if column else " ")
+            axes[2 * row + 1, column].set_xlabel(f"{distance}index {index:.2f}" if column else " ", fontsize=13)
     figure.supxlabel(note, fontsize=9)
     return figure
 
