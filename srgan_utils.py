@@ -3702,10 +3702,12 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
 
 def longer(store: FaceStore, folder: str | Path, minutes: float, backup: str | Path | None = None) -> dict:
     """Changes, for `train`, with which the run in `folder` (or in its backup), if it is finished, trains on for so many
-    `minutes`, by timing some adversarial updates. None for one that is new or not finished: it has a length of its own."""
+    `minutes`, by timing some adversarial updates. One that is not finished keeps its length; a new one has none yet."""
     config, saved, *_ = _look_up(Path(folder), store, None, {}, Path(backup) if backup else None, None)
-    if not saved or saved["update"] < config.total_steps:
+    if not saved:
         return {}
+    if saved["update"] < config.total_steps:
+        return {"steps": config.steps}
     seconds = _seconds_per_update(replace(config, pretrain_steps=0, steps=1), store, pick_device())[1]
     return {"steps": config.steps + math.ceil(minutes * 60 * _UPDATING / max(seconds, 1e-9))}
 
@@ -4236,7 +4238,7 @@ def _panels_html(panels: list[tuple], zoom: tuple[float, float]) -> str:
 
 
 def _unused_file(title: str) -> Path:
-    """A file in the workspace for the picture `title`, with a number where one is there: nothing that was saved is written over."""
+    """A file in the workspace for the picture `title`, numbered where one is there: nothing that was saved is written over."""
     name = re.sub(r"[^\w.]+", "-", title).strip("-.")
     files = (workspace() / f"{name}{number}.png" for number in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
     return next(file for file in files if not file.exists())
@@ -4394,6 +4396,7 @@ class Explorer:
             self._photo = _on_white(_read_image(path))
         except ValueError as error:
             path.unlink()  # or it would be found as the newest one
+            self._newest = self._newest_upload()
             raise ValueError(f"{path.name}: {error}{'; the photo before it stays' * (self._photo is not None)}") from None
         self._title = path.stem
         small = self._photo.copy()
@@ -4734,9 +4737,9 @@ def _parser() -> argparse.ArgumentParser:
     upscale_.add_argument("images", nargs="+", metavar="IMAGE", help="photos; faces about 176 px wide suit the networks best")
     for command in (compare, upscale_):
         command.add_argument("--out", required=True, metavar="DIR", help="where the results go")
-        command.add_argument("--run", metavar="DIR", help="take the network of this run, and")
-        command.add_argument("--weights", metavar="FILE", help="the one in this generator.safetensors; without either:")
-        command.add_argument("--scale", metavar="S", help="the one that ships for this factor, 2, 4 or 8 (default: 4)")
+        command.add_argument("--run", metavar="DIR", help="take the network of this run")
+        command.add_argument("--weights", metavar="FILE", help="take this generator.safetensors")
+        command.add_argument("--scale", metavar="S", help="else the one that ships for 2, 4 or 8 (default: 4)")
         command.add_argument("--blend", metavar="A", help="from 0, faithful (pixel loss alone), to 1, sharp")
     compare.add_argument("--split", default="test", metavar="test|all")
     compare.add_argument("--count", metavar="N", help="faces to measure")

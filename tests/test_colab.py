@@ -234,9 +234,12 @@ def test_03_cut_off_continues_from_drive_on_a_fresh_machine(trained, colab):
 
 
 @pytest.mark.notebooks
-def test_04_finds_the_network_that_03_left_on_drive(trained, colab):
-    printed = run_all(colab, "04_compare", source="synthetic", use_drive=True)
-    assert str(Path("MyDrive", "srgan", "runs", trained[0].name)) in printed
+def test_04_takes_the_network_that_03_left_on_drive(trained, colab):
+    """By its path, as 03 says at its end: a run of `demo` does not take the place of the project's own by itself."""
+    folder, _, printed = trained
+    path = colab.content / "drive" / "MyDrive" / "srgan" / "runs" / folder.name / "generator.safetensors"
+    assert f"tick use_drive there, and write {path} into its field weights" in printed
+    assert f"{path}\ndemo at 4x" in run_all(colab, "04_compare", source="synthetic", use_drive=True, weights=str(path))
 
 
 @pytest.mark.notebooks

@@ -170,7 +170,7 @@ def test_a_finished_run_can_be_made_longer_by_minutes(store, tiny_run, tmp_path,
     events = srgan.train(store, tmp_path / "r", "sharp", {"scale": 4} | changes)
     assert next(events).notes == ["continues at update 6 of 10"]
     events.close()
-    assert srgan.longer(store, tmp_path / "r", 0.2) == {}
+    assert srgan.longer(store, tmp_path / "r", 0.2) == changes
     for event in srgan.train(store, tmp_path / "r", "sharp", {"scale": 4}):
         pass
     assert event.step == event.total == 10 and srgan.longer(store, tmp_path / "r", 0.2) == {"steps": 3 + 8}

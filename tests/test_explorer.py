@@ -508,5 +508,11 @@ def test_in_colab_a_button_opens_colabs_own_dialog(store, weights, tmp_path, mon
     colab.files.upload = dict  # cancelled: photo and crop stay
     explorer.controls["Choose a photo"].click()
     assert status(explorer) == "no photo was chosen" and explorer.pictures.value == shown
+    colab.files.upload = lambda: (tmp_path / "bad.png").write_bytes(b"bad") and {"bad.png": b"bad"}
+    explorer.controls["Choose a photo"].click()
+    assert status(explorer) == "bad.png: not an image that Pillow can read; the photo before it stays"
+    colab.files.upload = dict
+    explorer.controls["Choose a photo"].click()
+    assert status(explorer) == "no photo was chosen" and explorer.pictures.value == shown
     explorer.controls["Upscale factor"].value = 2
     assert status(explorer).startswith("me, 40 px, shrunk, then enlarged 2x")
