@@ -3284,7 +3284,7 @@ class Progress:
     notes: list[str] = field(default_factory=list)
 
 
-_FREE_TO_CHANGE = {"steps", "save_steps", "save_minutes", "sample_steps", "precision", "compile"}
+_FREE_TO_CHANGE = {"steps", "decay_steps", "save_steps", "save_minutes", "sample_steps", "precision", "compile"}
 _HISTORY = ("step", "stage", "seconds", "learning_rate", "g_loss", "pixel", "content", "adversarial", "d_loss", "d_real",
             "d_fake")
 
@@ -3352,7 +3352,7 @@ def _open_run(folder: Path, record: dict | None, store: FaceStore, preset: str |
         _require_same_run(folder, record, store, config)
         if for_minutes:
             notes.append(f"the run keeps its own length, {config.total_steps:,} updates; minutes set that of new runs only. "
-                         f"To train on after its end, give it more steps (it has {config.steps:,})")
+                         f"To train on after its end, give it more steps (it has {config.steps:,}), and as many decay_steps")
     else:
         config = Config.preset("sharp" if preset is None else preset, **changes).for_faces(len(store.indices("train")))
     if config.batch_size % _ranks():
@@ -3702,14 +3702,16 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None, chang
 
 def longer(store: FaceStore, folder: str | Path, minutes: float, backup: str | Path | None = None) -> dict:
     """Changes, for `train`, with which the run in `folder` (or in its backup), if it is finished, trains on for so many
-    `minutes`, by timing some adversarial updates. One that is not finished keeps its length; a new one has none yet."""
+    `minutes`, by timing some adversarial updates: to be `steps` long in all, the learning rate rising to what a cosine of that
+    length has there. One that is not finished keeps its length; a new one has none yet."""
     config, saved, *_ = _look_up(Path(folder), store, None, {}, Path(backup) if backup else None, None)
     if not saved:
         return {}
     if saved["update"] < config.total_steps:
-        return {"steps": config.steps}
+        return {"steps": config.steps, "decay_steps": config.decay_steps}
     seconds = _seconds_per_update(replace(config, pretrain_steps=0, steps=1), store, pick_device())[1]
-    return {"steps": config.steps + math.ceil(minutes * 60 * _UPDATING / max(seconds, 1e-9))}
+    steps = config.steps + math.ceil(minutes * 60 * _UPDATING / max(seconds, 1e-9))
+    return {"steps": steps, "decay_steps": steps}
 
 
 _COLAB_HOURS = 12  # after which Colab ends a session of those who do not pay

@@ -1,5 +1,6 @@
 """Training that one can watch and leave: the panel, its button in a real kernel, the forecast, the zip."""
 
+import csv
 import queue
 import shutil
 import struct
@@ -166,14 +167,17 @@ def test_a_finished_run_can_be_made_longer_by_minutes(store, tiny_run, tmp_path,
     assert srgan.longer(store, tmp_path / "new", 1) == {}
     shutil.copytree(tiny_run, tmp_path / "r")
     changes = srgan.longer(store, tmp_path / "r", 0.2)
-    assert changes == {"steps": 3 + 4}  # 12 s of 3 s each
+    assert changes == {"steps": 3 + 4, "decay_steps": 3 + 4}  # 12 s of 3 s each
     events = srgan.train(store, tmp_path / "r", "sharp", {"scale": 4} | changes)
     assert next(events).notes == ["continues at update 6 of 10"]
     events.close()
     assert srgan.longer(store, tmp_path / "r", 0.2) == changes
     for event in srgan.train(store, tmp_path / "r", "sharp", {"scale": 4}):
         pass
-    assert event.step == event.total == 10 and srgan.longer(store, tmp_path / "r", 0.2) == {"steps": 3 + 8}
+    assert event.step == event.total == 10 and srgan.longer(store, tmp_path / "r", 0.2)["steps"] == 3 + 8
+    with open(tmp_path / "r" / "history.csv", newline="") as file:
+        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)][3:]  # of the adversarial updates
+    assert rates[2] < rates[3] and rates[3:] == sorted(rates[3:], reverse=True)  # up again, and down to the new end
 
 
 def test_minutes_that_set_the_length_need_no_timing(store, tmp_path, monkeypatch):
