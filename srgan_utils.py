@@ -389,13 +389,17 @@ def in_colab() -> bool:
     return shell is not None and "google.colab" in str(shell.get_ipython())
 
 
+def _kernel():
+    """The IPython kernel that this runs in, or None."""
+    shell = sys.modules.get("IPython")
+    return getattr(shell and shell.get_ipython(), "kernel", None)
+
+
 def _bar(*args, **options):
     """tqdm's text bar; in a notebook on standard output, since Jupyter shows the other stream as if something were wrong."""
     from tqdm import tqdm
 
-    shell = sys.modules.get("IPython")
-    notebook = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
-    return tqdm(*args, **{"mininterval": 1, "file": sys.stdout if notebook else sys.stderr} | options)
+    return tqdm(*args, **{"mininterval": 1, "file": sys.stdout if _kernel() else sys.stderr} | options)
 
 
 def hardware_note() -> str:
@@ -3284,7 +3288,7 @@ class Progress:
     notes: list[str] = field(default_factory=list)
 
 
-_FREE_TO_CHANGE = {"steps", "decay_steps", "save_steps", "save_minutes", "sample_steps", "precision", "compile"}
+_FREE_TO_CHANGE = {"steps", "save_steps", "save_minutes", "sample_steps", "precision", "compile"}
 _HISTORY = ("step", "stage", "seconds", "learning_rate", "g_loss", "pixel", "content", "adversarial", "d_loss", "d_real",
             "d_fake")
 
@@ -3336,6 +3340,8 @@ def _require_same_run(place: Path, record: dict, store: FaceStore, config: Confi
     younger = asdict(Config.recorded({}))  # what a run of before a field was there has of it
     for name, value in asdict(config).items():
         old = record["config"].get(name, younger[name])
+        if name == "decay_steps" and type(old) is int and old < value <= config.steps:
+            continue  # made longer with the run: see `longer`
         if name not in _FREE_TO_CHANGE and (type(old) not in (int, float, str, bool, type(None)) or value != old):
             old, value = (_shown(each).strip("'") for each in (old, value))
             raise ValueError(f"{place} was started with {name}={old}, not {value}: start a new run in another folder")
@@ -3894,7 +3900,7 @@ def _handle_clicks() -> None:
     ipykernel 6 (Colab's) has a stream of all messages, 7 one to its main thread. Where a kernel has neither, or its front end
     sends nothing meanwhile (VS Code's), a click is answered when the cell ends.
     """
-    kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None)
+    kernel = _kernel()
     try:
         channel = getattr(kernel, "shell_channel_thread", None)
         stream = channel.manager._shell_channel_to_main.to_stream if channel else kernel.shell_stream

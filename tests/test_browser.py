@@ -579,6 +579,8 @@ def test_every_control_and_every_picture_has_a_name(reader):
 
 def test_every_control_is_reached_by_the_tab_key(reader):
     assert list(reader.finds(unreached)) == []
+    if reader.stem == "04_compare":
+        assert reader.page.evaluate(f"where => ({CONTROLS})(where).length", PANEL) > 10
 
 
 def test_legible_at_twice_the_size(reader, tmp_path):
@@ -607,6 +609,7 @@ if LAB:  # Notebook 6 has no dark theme
     def test_legible_in_the_dark_theme(reader, tmp_path):
         with dark(reader.page):
             assert list(reader.finds(faint, partial(reader.picture, folder=tmp_path), "dark")) == []
+            assert reader.page.evaluate(CONTRASTS, PANEL if reader.stem == "04_compare" else OUTPUT)
 
 
 @pytest.mark.parametrize("reader", ["01_data"], indirect=True)

@@ -68,7 +68,7 @@ def test_it_is_redrawn_in_place(store, tmp_path, displays, monkeypatch):
         widgets.add(tuple(widget.model_id for widget in dashboard._widgets.values()))
         for name, seen in sizes.items():
             if value := dashboard._widgets[name].value:
-                assert '<img alt="' in value
+                assert value.startswith('<div style="overflow-x: auto"><img alt="')
                 png = b64decode(value.split("base64,")[1].split('"')[0])
                 seen.add(struct.unpack(">II", png[16:24]) + (hash(png),))
     assert len(displays) == 1 and len(widgets) == 1

@@ -659,7 +659,7 @@ def test_a_sealed_checkpoint_of_unfit_parts_stops_the_run_in_one_line(continued,
 
 
 @pytest.mark.parametrize("changes", [
-    {"preset_name": []}, {"steps": None, "pretrain_steps": None}, {"decay_steps": []}, {"channels": 10**400},
+    {"preset_name": []}, {"steps": None, "pretrain_steps": None}, {"decay_steps": None}, {"channels": 10**400},
     {"content_weight": 10**400}, {"decay": "a\nb"}, {"seed": torch.ones(3, 3)}, {7: 1}, {"a\nb": 1},
 ], ids=str)
 def test_a_config_of_odd_values_stops_the_run_in_one_line(continued, halfway, changes):

@@ -71,7 +71,7 @@ def test_layers_figure():
         assert [bar.get_width() for bar in ax.patches] == list(values)
         assert f"{sum(values):,}" in ax.get_title()
     share = costs["tail"][1] / sum(count for _, count in costs.values())
-    alt = re.search('<img alt="([^"]+)"', figure._repr_html_())[1]
+    alt = re.match('<div style="overflow-x: auto"><img alt="([^"]+)"', figure._repr_html_())[1]
     assert f"tail {costs['tail'][0] / srgan.count_parameters(generator):.0%} and {share:.0%}" in alt
 
 

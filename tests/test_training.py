@@ -402,7 +402,7 @@ def test_raising_steps_continues_at_the_final_learning_rate(store, tmp_path):
 @pytest.mark.parametrize("changes, old, new", [
     ({"scale": 8}, "scale=4", "8"), ({"seed": 9}, "seed=0", "9"), ({"batch_size": 3}, "batch_size=2", "3"),
     ({"learning_rate": 2e-4}, "learning_rate=0.0001", "0.0002"), ({"pretrain_steps": 4}, "pretrain_steps=3", "4"),
-    ({"content": "pixel"}, "content=features", "pixel"), ({"ramp_steps": 99}, "ramp_steps=2", "99"),
+    ({"content": "pixel"}, "content=features", "pixel"), ({"decay_steps": 99}, "decay_steps=3", "99"),
 ])
 def test_another_value_is_another_run(store, tiny_run, changes, old, new):
     """Refused with the field and both values, and nothing is touched."""
