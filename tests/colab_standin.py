@@ -1,9 +1,8 @@
 """A stand-in for the package `google.colab` and for a Colab machine, for tests.
 
-It behaves as the real package does where the project meets it: which checks come first, what each failure raises, what is
-printed (read from googlecolab/colabtools of 2026-04-07). `start` makes this process look like Colab's kernel; the folder
-`Machine.content` then stands for /content, and `Machine.cloud` for what the user keeps on Google Drive, which outlives the
-machine.
+It behaves as the real package does where the project meets it: which checks come first, what each failure raises (read from
+googlecolab/colabtools of 2026-04-07). `start` makes this process look like Colab's kernel; the folder `Machine.content` then
+stands for /content, and `Machine.cloud` for what the user keeps on Google Drive, which outlives the machine.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ NOT_MOUNTED = {
                                         "https://research.google.com/colaboratory/faq.html#drive-timeout"),
     "domain policy": ValueError("/content\n: The domain policy has disabled Drive File Stream: "
                                 "https://support.google.com/a/answer/7496409"),
-    "Drive program hangs": TIMEOUT("Timeout exceeded.\n<pexpect.popen_spawn.PopenSpawn object at 0x7f>\n"
-                                   "buffer (last 100 chars): ''"),
+    "Drive program hangs": TIMEOUT("Timeout exceeded.\n<pexpect.popen_spawn.PopenSpawn object at 0x7f>\n"),
     "Drive program ends": EOF("End Of File (EOF). Exception style platform."),
     "no credentials server": KeyError("TBE_EPHEM_CREDS_ADDR"),
 }
@@ -65,13 +63,12 @@ class Machine:
     consents: int = 0                             # how often the user was asked for access to Drive
     downloads: list[str] = field(default_factory=list)
     mounted: set[str] = field(default_factory=set)
-    callbacks: dict[str, Callable] = field(default_factory=dict)
 
 
 def _drive(machine: Machine) -> ModuleType:
     drive = ModuleType("google.colab.drive")
 
-    def mount(mountpoint: str, force_remount: bool = False, timeout_ms: int = 120000, readonly: bool = False) -> None:
+    def mount(mountpoint: str) -> None:
         if machine.failure in REFUSED:
             raise REFUSED[machine.failure]
         if " " in mountpoint:
@@ -80,12 +77,9 @@ def _drive(machine: Machine) -> ModuleType:
         if machine.failure in NO_CONSENT:
             raise NO_CONSENT[machine.failure]
         place = Path(mountpoint)
-        if (place / "My Drive").is_dir() and not force_remount:
-            print(f"Drive already mounted at {mountpoint}; to attempt to forcibly remount, call "
-                  f'drive.mount("{mountpoint}", force_remount=True).')
+        if (place / "My Drive").is_dir():
+            print(f"Drive already mounted at {mountpoint}; to attempt to forcibly remount, call ...")
             return
-        if force_remount:
-            unmount(mountpoint)
         if place.is_symlink():
             raise ValueError("Mountpoint must not be a symlink")
         if place.is_dir() and any(place.iterdir()):
@@ -105,18 +99,7 @@ def _drive(machine: Machine) -> ModuleType:
         machine.mounted.add(os.path.abspath(mountpoint))
         print(f"Mounted at {mountpoint}")
 
-    def unmount(mountpoint: str) -> None:
-        if os.path.abspath(mountpoint) in machine.mounted:
-            machine.mounted.discard(os.path.abspath(mountpoint))
-            shutil.rmtree(mountpoint)  # the links, not what they lead to
-
-    def flush_and_unmount(timeout_ms: int = 24 * 60 * 60 * 1000) -> None:
-        if not machine.mounted:
-            print("Drive not mounted, so nothing to flush and unmount.")
-        for mountpoint in list(machine.mounted):
-            unmount(mountpoint)
-
-    drive.mount, drive.flush_and_unmount = mount, flush_and_unmount
+    drive.mount = mount
     return drive
 
 
@@ -134,7 +117,7 @@ def _files(machine: Machine) -> ModuleType:
         if machine.outputs_blocked:
             raise MessageError("TypeError: Cannot read property '_uploadFiles' of undefined")
         if machine.chosen is None:
-            raise AssertionError("files.upload waits for a person, for ever, and Run all with it")
+            raise AssertionError("files.upload waits for a person, for ever")
         saved = {}
         for name, data in (machine.chosen or {}).items():
             target = unused(Path(target_dir) / name)  # it never overwrites
@@ -155,45 +138,13 @@ def _files(machine: Machine) -> ModuleType:
     return files
 
 
-def _output(machine: Machine) -> ModuleType:
-    output = ModuleType("google.colab.output")
-
-    def eval_js(script: str, ignore_result: bool = False, timeout_sec: float | None = None):
-        if machine.outputs_blocked:
-            raise MessageError("ReferenceError: google is not defined")
-        if ignore_result or timeout_sec is not None:
-            return None
-        raise AssertionError("eval_js waits for the browser, for ever")
-
-    def unregister_callback(name: str) -> None:
-        if name not in machine.callbacks:
-            raise ValueError(f"{name} is not registered")
-        del machine.callbacks[name]
-
-    def enable_custom_widget_manager(version: str = "5.0.0a") -> None:
-        if version not in ("5.0.0a", "4.0.0"):
-            raise ValueError(f"Unknown widgets version: {version}")
-
-    def clear(wait: bool = False, output_tags=()) -> None:
-        from IPython.display import clear_output
-
-        clear_output(wait)
-
-    output.eval_js, output.clear, output.unregister_callback = eval_js, clear, unregister_callback
-    output.register_callback = machine.callbacks.__setitem__
-    output.enable_custom_widget_manager, output.disable_custom_widget_manager = enable_custom_widget_manager, lambda: None
-    output.no_vertical_scroll = lambda: None
-    return output
-
-
 def modules(machine: Machine) -> dict[str, ModuleType]:
     """What `import google.colab` finds on `machine`."""
     colab = ModuleType("google.colab")
-    parts = [make(machine) for make in (_drive, _files, _output)]
+    parts = [make(machine) for make in (_drive, _files)]
     for part in parts:
         setattr(colab, part.__name__.rpartition(".")[2], part)
-    google = sys.modules.get("google") or ModuleType("google")
-    return {"google": google, "google.colab": colab} | {part.__name__: part for part in parts}
+    return {"google": ModuleType("google"), "google.colab": colab} | {part.__name__: part for part in parts}
 
 
 def ismount(machine: Machine, real: Callable = os.path.ismount) -> Callable:
@@ -220,14 +171,13 @@ def start_in_kernels(machine: Machine, profile: Path) -> dict[str, str]:
     """The environment in which every new IPython kernel is one on `machine` from its first cell on."""
     startup = profile / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    given = {name: str(getattr(machine, name)) for name in ("content", "cloud")}
     (startup / "00-colab.py").write_text(f"""
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import colab_standin
 del sys.path[0]
-colab_standin.start(colab_standin.Machine(Path({given["content"]!r}), Path({given["cloud"]!r}), {machine.failure!r}))
+colab_standin.start(colab_standin.Machine(Path({str(machine.content)!r}), Path({str(machine.cloud)!r})))
 """)
     return {"IPYTHONDIR": str(profile)}
 

@@ -24,6 +24,14 @@ def fill_in(notebook, **form) -> None:
         assert found == 1, f"{found} fields are called {name}"
 
 
+@torch.no_grad()
+def flat_field(generator, colours: torch.Tensor, side: int = 32) -> torch.Tensor:
+    """Standard deviation, in levels of 255, of the interior of what each flat colour (N, 3) is enlarged to, (N,)."""
+    sr = generator(colours.view(-1, 3, 1, 1).expand(-1, 3, side, side))
+    edge = sr.shape[-1] // 4
+    return sr[..., edge:-edge, edge:-edge].mul(255).std((-2, -1)).amax(1)
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory) -> srgan.FaceStore:
     """40 synthetic faces, prepared once; some in each part of the split."""

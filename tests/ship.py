@@ -18,32 +18,27 @@ ROOT = Path(srgan.__file__).parent
 
 
 def ship(source: Path, target: Path, store: srgan.FaceStore, data: str, amount: float = 1.0) -> None:
-    generator, config, about = srgan.load_generator(source)
-    if amount != 1:
-        generator = srgan.interpolate_generators(srgan.load_generator(srgan.find_parent(source))[0], generator, amount)
-    half = generator.half()
+    generator, config, about = srgan.load_generator(source, amount=amount)
     kept = {key: about[key] for key in ("update", "environment")} | {"data": about["data"] | {"source": data}, "amount": amount}
-    commit = about.get("commit") or subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
-    srgan.export_generator(target, half, config)
-    generator, _, _ = srgan.load_generator(target)  # as its users will have it
-    metrics = srgan.summarise(srgan.evaluate(generator, config, store, store.indices("test")), config, "test")
-    srgan.export_generator(target, half, config, **kept, metrics=metrics, commit=commit, licence="MIT")
+    commit = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
+    srgan.export_generator(target, generator.half(), config)
+    shipped, _, _ = srgan.load_generator(target)  # as its users will have it
+    metrics = srgan.summarise(srgan.evaluate(shipped, config, store, store.indices("test")), config, "test")
+    srgan.export_generator(target, generator, config, **kept, metrics=metrics, commit=commit, licence="MIT")
     print(f"{target.name}, {target.stat().st_size / 1e6:.1f} MB\n{srgan.results_table(metrics)}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--store", required=True)
+    parser.add_argument("--store", type=srgan.FaceStore, required=True)
     parser.add_argument("--data", required=True, help="what the faces are, for the header")
     parser.add_argument("--amount", type=float, default=1.0, help="how far from its parent the final network goes (its own: 1)")
     args = parser.parse_args()
-    store = srgan.FaceStore(args.store)
-    _, config, _ = srgan.load_generator(args.run / "generator.safetensors")
-    (ROOT / "weights").mkdir(exist_ok=True)
-    for name, ending, amount in (("pretrained", "-pixel", 1.0), ("generator", "", args.amount)):
-        target = ROOT / "weights" / f"srgan-x{config.scale}{ending}.safetensors"
-        ship(args.run / f"{name}.safetensors", target, store, args.data, amount)
+    target = ROOT / "weights" / f"srgan-x{srgan.load_generator(args.run / 'generator.safetensors')[1].scale}.safetensors"
+    target.parent.mkdir(exist_ok=True)
+    ship(args.run / "pretrained.safetensors", target.with_stem(f"{target.stem}-pixel"), args.store, args.data)
+    ship(args.run / "generator.safetensors", target, args.store, args.data, args.amount)
 
 
 if __name__ == "__main__":

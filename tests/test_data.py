@@ -1,19 +1,19 @@
-"""Data: sources, the store, the split, batches, uploads."""
+"""Data: sources, the store, the split, batches."""
 
 import hashlib
-import http.server
+import http.client
 import io
 import itertools
-import json
 import os
 import shutil
-import socket
+import struct
 import sys
-import threading
+import tracemalloc
+import warnings
 import zipfile
 import zlib
-from datetime import datetime
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -23,7 +23,7 @@ from PIL import Image
 
 import srgan_utils as srgan
 
-CPU = torch.device("cpu")
+CPU, SMALL = torch.device("cpu"), {"hr_size": 32, "patch_size": 16, "batch_size": 4}
 
 
 def picture(number: int, width: int = 178, height: int = 178) -> Image.Image:
@@ -33,753 +33,420 @@ def picture(number: int, width: int = 178, height: int = 178) -> Image.Image:
     return Image.fromarray(np.stack(waves, -1).astype(np.uint8))
 
 
+def encoded(number: int = 0, *size, kind: str = "PNG", **options) -> bytes:
+    picture(number, *size).save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
 def folder_of(folder, names, **size):
-    """A folder of different pictures under `names`, which may hold folders."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         picture(number, **size).save(folder / name)
     return folder
 
 
-def bucket(name: str) -> int:
-    """What decides the part of a face outside CelebA."""
-    return zlib.crc32(name.rsplit("/", 1)[-1].encode("utf-8")) % 100
+def zip_of(path, entries, method=zipfile.ZIP_STORED, last=(), face=encoded(kind="JPEG")):
+    """A zip of (name, bytes) pairs, or of names of `face`; `last`: offset, form and values overwritten in the last record."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for entry in entries:
+            archive.writestr(*(entry if isinstance(entry, tuple) else (entry, face)))
+    if last:
+        struct.pack_into(last[1], data := bytearray(path.read_bytes()), data.rindex(b"PK\1\2") + last[0], *last[2:])
+        path.write_bytes(data)
+    return path
 
 
-def names_in(low: int, high: int, count: int, ending: str = "png") -> list[str]:
-    """Sorted names whose bucket is in [low, high)."""
-    names = (f"face-{number}.{ending}" for number in itertools.count())
-    return sorted(itertools.islice((name for name in names if low <= bucket(name) < high), count))
+def part(key: str) -> int:
+    """The part of the split that a key's checksum falls into."""
+    return int(np.searchsorted([84, 89], zlib.crc32(key.encode("utf-8")) % 100))
 
 
-def stored(store, index: int) -> np.ndarray:
-    return store.faces([index])[0].permute(1, 2, 0).numpy()
+def named(wanted: int, count: int) -> list[str]:
+    return [name for name in (f"face-{n:04}.png" for n in range(1000)) if part(name) == wanted][:count]
+
+
+def pixels(store) -> np.ndarray:
+    return store.faces(range(len(store))).permute(0, 2, 3, 1).numpy()
+
+
+def same(one, other) -> bool:
+    return one.fingerprint == other.fingerprint and np.array_equal(pixels(one), pixels(other))
+
+
+def refused(message: str, use, *arguments, error=ValueError) -> None:
+    with pytest.raises(error, match=message) as caught:
+        use(*arguments)
+    assert str(caught.value).isprintable()
 
 
 # --- Folders and zips
 
 
-def test_a_nested_folder_becomes_a_store_of_centre_squares(tmp_path):
-    source = folder_of(tmp_path / "in", ["b/c/two.png", "b/one.png", "a.png"])
-    picture(7, 178, 218).save(source / "tall.png")     # CelebA's size: no pixel is resampled
-    picture(8, 400, 300).save(source / "wide.png")
-    (source / "b" / ".DS_Store").write_bytes(b"litter")
-    (source / "__MACOSX").mkdir()
-    (source / "__MACOSX" / "._a.png").write_bytes(b"litter")
-    store = srgan.prepare(source, tmp_path / "store")
-    assert store.names == ["a.png", "b/c/two.png", "b/one.png", "tall.png", "wide.png"]
-    assert len(store) == 5 and not store.left_out and not store.enlarged
-    assert np.array_equal(stored(store, 1), np.asarray(picture(0)))
-    assert np.array_equal(stored(store, 3), np.asarray(picture(7, 178, 218))[20:198])
-    small = picture(8, 400, 300).resize((237, 178), Image.BICUBIC)
-    assert np.array_equal(stored(store, 4), np.asarray(small)[:, 29:207])
-
-
-def test_a_zip_gives_the_same_store_as_the_folder(tmp_path):
-    source = folder_of(tmp_path / "in", ["a/one.png", "two.png", "b/three.png"])
-    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
-        for name in ("two.png", "b/three.png", "a/one.png"):
-            archive.write(source / name, name)
-        archive.writestr("a/", "")
-        archive.writestr("__MACOSX/a/._one.png", "litter")
-    one, other = srgan.prepare(source, tmp_path / "one"), srgan.prepare(tmp_path / "in.zip", tmp_path / "other")
-    assert (other.names, other.fingerprint, other.split.tolist()) == (one.names, one.fingerprint, one.split.tolist())
-    assert (tmp_path / "one" / "faces.u8").read_bytes() == (tmp_path / "other" / "faces.u8").read_bytes()
-
-
-def test_the_fingerprint_covers_names_and_pixels(tmp_path):
-    source = folder_of(tmp_path / "in", ["a.png", "b.png"])
-    first = srgan.prepare(source, tmp_path / "1").fingerprint
-    picture(9).save(source / "b.png")
-    second = srgan.prepare(source, tmp_path / "2").fingerprint
-    (source / "b.png").rename(source / "c.png")
-    assert len({first, second, srgan.prepare(source, tmp_path / "3").fingerprint}) == 3
-
-
-def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path):
-    source = folder_of(tmp_path / "in", ["good.png", "x/fine.png"])
-    (source / "notes.txt").write_text("not an image")
-    (source / "cut.png").write_bytes((source / "good.png").read_bytes()[:2000])
-    picture(1, 63, 200).save(source / "small.png")
-    picture(1, 64, 64).save(source / "smallest.png")
-    picture(1, 900, 100).save(source / "strip.png")
-    store = srgan.prepare(source, tmp_path / "store")
-    assert store.names == ["good.png", "smallest.png", "x/fine.png"]
-    reasons = dict(store.left_out)
-    assert list(reasons) == ["cut.png", "notes.txt", "small.png", "strip.png"]
-    for name, why in zip(reasons, ["truncated", "not an image", "63 x 200", "narrow"]):
-        assert why in reasons[name]
-    assert store.enlarged == ["smallest.png"]
-    assert "4 left out" in store.describe() and "1 enlarged" in store.describe()
-    assert srgan.FaceStore(tmp_path / "store").left_out == store.left_out
-
-
-def test_odd_kinds_of_image_are_stored_as_they_are_seen(tmp_path):
-    source, exif = tmp_path / "in", Image.Exif()
-    source.mkdir()
+def test_folders_and_zips_become_the_same_store_of_centre_squares(tmp_path):
+    source, exif = folder_of(tmp_path / "in", ["b/c/2.png", "b/1.png", "a.png"]), Image.Exif()
     exif[274] = 6
-    picture(1).convert("L").save(source / "grey.png")
-    picture(2).quantize(16).save(source / "palette.png")
-    picture(3).convert("CMYK").save(source / "cmyk.jpg")
-    picture(4).save(source / "turned.png", exif=exif)
-    Image.merge("RGBA", [*picture(5).split(), picture(6).getchannel(0)]).save(source / "alpha.png")
-    Image.fromarray(np.asarray(picture(7).convert("L"), dtype=np.uint16) * 257).save(source / "sixteen.png")
-    store = srgan.prepare(source, tmp_path / "store")
-    assert len(store) == 6
-    for index, name in enumerate(store.names):
-        seen = srgan.load_image(source / name)
-        torch.testing.assert_close(store.faces([index]).float() / 255, seen, rtol=0, atol=1e-6)
+    picture(3).convert("CMYK").save(source / "d.jpg", exif=exif)
+    Image.merge("RGBA", [*picture(5).split(), picture(6).getchannel(0)]).save(source / "e.png")
+    picture(7, 178, 218).save(source / "t.png")  # CelebA's size: no pixel is resampled
+    picture(8, 400, 300).save(source / "w.png")
+    names = ["a.png", "b/1.png", "b/c/2.png", "d.jpg", "e.png", "t.png", "w.png"]
+    entries = [(name.replace("/", "\\"), (source / name).read_bytes()) for name in names[::-1]]  # as some zips of Windows' are
+    zip_of(tmp_path / "in.zip", [*entries, ("b/", b""), ("__MACOSX/b/._1.png", b"litter")])
+    for litter in ("b/.DS_Store", "._a.png", "Thumbs.db"):
+        (source / litter).write_bytes(b"litter")
+    store, other = srgan.prepare(source, tmp_path / "store"), srgan.prepare(tmp_path / "in.zip", tmp_path / "other")
+    assert store.names == names and same(store, other) and not store.left_out + other.left_out + store.enlarged
+    seen = [srgan.load_image(source / name)[0].permute(1, 2, 0).mul(255).round().numpy() for name in names[:-1]]
+    seen[5:] = [seen[5][20:198], np.asarray(picture(8, 400, 300).resize((237, 178), Image.BICUBIC))[:, 29:207]]
+    assert np.array_equal(pixels(store), seen)
+    picture(9).save(source / "a.png")
+    repainted = srgan.prepare(source, tmp_path / "3")
+    os.rename(source / "a.png", os.fsencode(source) + b"/caf\xe9.png")  # not UTF-8, as old zips leave them on Linux
+    renamed = srgan.prepare(source, tmp_path / "4")
+    assert "caf\ufffd.png" in renamed.names and len({each.fingerprint for each in (store, repainted, renamed)}) == 3
 
 
-def empty_folder(folder):
-    (folder / "in").mkdir()
-    return folder / "in"
+def test_what_cannot_be_used_is_left_out_with_its_reason_and_not_inflated_and_decoders_say_nothing(tmp_path, capsys):
+    bomb, good = zlib.compress(bytes(100_000_000), 9)[2:-4], encoded()
+    left_out = [  # what it holds, what is overwritten in a zip's directory, and the reason
+        (b"a text", (), "not an image"), (b"", (), "not an image"), (good[:2000], (), "truncated"),
+        (encoded(0, 63, 200), (), "63 x 200"), (encoded(0, 900, 100), (), "narrow"), (good, (8, "<H", 0x801), "encrypted"),
+        (good, (16, "<I", 1), "CRC"), (good, (24, "<I", 0xFFFFFFF0), "absurdly large"), (good, (24, "<I", 90), ""),
+        (good, (42, "<I", 9), "header"), (good, (10, "<H", 99), "compression"),
+        (bomb, (10, "<H8xII", zipfile.ZIP_DEFLATED, len(bomb), 9_000), "")]  # says 9,000 bytes and holds 100 MB
+    odd, strange = encoded(kind="JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 40), "b\x1b[2J\n\u202e\x9b1m.png"
+    tracemalloc.start()
+    with warnings.catch_warnings(record=True, action="always") as warned:  # Pillow warns of that EXIF
+        for number, (data, last, reason) in enumerate(left_out):
+            folder, path = tmp_path / str(number), zip_of(tmp_path / "in.zip", [("a.jpg", odd), (strange, data)], last=last)
+            assert srgan.main(["prepare", str(path), "--store", str(folder)]) == 0
+            ((name, why),) = srgan.FaceStore(folder).left_out
+            assert srgan.FaceStore(folder).names == ["a.jpg"] and name == strange and reason in why and why.isprintable()
+            told = capsys.readouterr().out
+            assert "1 left out" in told and all(line.isprintable() for line in told.split("\n"))  # no cursor moves
+            assert tracemalloc.get_traced_memory()[1] < 20_000_000 and not warned
+    tracemalloc.stop()
 
 
-def empty_zip(folder):
-    zipfile.ZipFile(folder / "in.zip", "w").close()
-    return folder / "in.zip"
+@pytest.mark.parametrize("make, message", {
+    "missing": (lambda path: None, "no such source"), "empty": (lambda path: path.mkdir(), "is empty"),
+    "empty zip": (lambda path: zip_of(path, []), "holds no files"), "page": (lambda path: path.write_text("<html>"), "not a zip"),
+    "half a zip": (lambda path: path.write_bytes(zip_of(path, ["a.jpg"]).read_bytes()[:2500]), "cut off"),
+    "no picture": (lambda path: zip_of(path, [("\x1b\n.txt", b"")]), "no usable image .1 left out: .+txt: not an image"),
+    "many": (lambda path: zip_of(path, [(f"{n}.png", b"") for n in range(999)]), "999 left out: [^;]*;[^;]*;[^;]*$"),
+}.values())
+def test_a_source_without_faces_is_one_line_and_is_read_again_once_mended(tmp_path, make, message):
+    make(tmp_path / "in.zip")
+    refused(message, srgan.prepare, tmp_path / "in.zip", tmp_path / "store", error=(ValueError, FileNotFoundError))
+    refused("holds no prepared faces", srgan.FaceStore, tmp_path / "store", error=FileNotFoundError)
+    shutil.rmtree(tmp_path / "in.zip", ignore_errors=True)
+    assert srgan.prepare(zip_of(tmp_path / "in.zip", ["a.jpg"]), tmp_path / "store").names == ["a.jpg"]
 
 
-def not_a_zip(folder):
-    (folder / "in.zip").write_text("<html>Sign in</html>")
-    return folder / "in.zip"
+def test_pillows_own_limit_of_pixels_is_restored_though_many_threads_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert len(srgan.prepare(zip_of(tmp_path / "in.zip", [f"{n}.jpg" for n in range(600)]), tmp_path / "store")) == 600
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
-def half_a_zip(folder):
-    with zipfile.ZipFile(folder / "in.zip", "w") as archive:
-        archive.writestr("a.png", b"x" * 5000)
-    (folder / "in.zip").write_bytes((folder / "in.zip").read_bytes()[:2500])
-    return folder / "in.zip"
+# --- A folder either is a store or is not (killed processes: test_kill.py)
 
 
-def no_image(folder):
-    (empty_folder(folder) / "a.txt").write_text("a")
-    return folder / "in"
+@pytest.mark.parametrize("owner, name, at", [(Image, "open", 1), (Image, "open", 7), (Path, "replace", 1), (Path, "replace", 2)])
+def test_an_interrupted_prepare_leaves_no_store_and_starts_over(tmp_path, monkeypatch, owner, name, at):
+    source, right = folder_of(tmp_path / "in", [f"{n:02}.png" for n in range(10)]), getattr(owner, name)
+    for again, store in ((zip_of(tmp_path / "in.zip", ["a.jpg"]), tmp_path / "1"), (source, tmp_path / "2")):  # or another source
+        calls, stop = itertools.count(1), mock.Mock(side_effect=KeyboardInterrupt)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, lambda *given, **more: (stop if next(calls) == at else right)(*given, **more))
+            srgan.prepare(source, store)
+        refused("holds no prepared faces", srgan.FaceStore, store, error=FileNotFoundError)
+        assert same(srgan.prepare(again, store), srgan.prepare(again, tmp_path / f"whole {store.name}"))
 
 
-@pytest.mark.parametrize("make, error, message", [
-    (lambda folder: folder / "nowhere", FileNotFoundError, "no such source"), (empty_folder, ValueError, "is empty"),
-    (empty_zip, ValueError, "holds no files"), (not_a_zip, ValueError, "not a zip"), (half_a_zip, ValueError, "cut off"),
-    (no_image, ValueError, "no usable image .1 left out: a.txt: not an image"),
-])
-def test_a_source_without_faces_is_an_error(tmp_path, make, error, message):
-    with pytest.raises(error, match=message):
-        srgan.prepare(make(tmp_path), tmp_path / "store")
-    with pytest.raises(FileNotFoundError, match="holds no prepared faces"):
-        srgan.FaceStore(tmp_path / "store")
+@pytest.mark.parametrize("change", [
+    lambda source: picture(5).save(source / "c.png"), lambda source: (source / "a.png").unlink(),
+    lambda source: (source / "b.png").rename(source / "c.png"), lambda source: picture(5).save(source / "b.png"),
+    lambda source: os.utime(source / "b.png", (2e9, 2e9)),
+], ids=["one more", "one fewer", "another name", "other pixels", "another time"])
+def test_a_source_is_prepared_once_a_changed_one_refused_or_in_notebooks_prepared_anew(tmp_path, monkeypatch, capsys, change):
+    monkeypatch.chdir(tmp_path)
+    source, place = folder_of(tmp_path / "in", ["a.png", "b.png"]), tmp_path / "store"
+    first, before = srgan.prepare(source, place), [path.stat().st_mtime_ns for path in sorted(place.glob("*.*"))]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)  # nothing is decoded again
+        assert all(same(srgan.prepare(spelled, place), first) for spelled in (source, str(source), f"{source}/"))
+    assert srgan.prepare_faces("in").folder == srgan.prepare_faces("in/").folder and "changed" not in capsys.readouterr().out
+    change(source)
+    refused(f"{source} has changed since it was prepared into {place}", srgan.prepare, source, place)
+    anew, told = srgan.prepare_faces("in"), capsys.readouterr().out
+    assert "in has changed since it was prepared: preparing it anew" in told and anew.describe() in told
+    assert anew.names == sorted(path.name for path in source.iterdir())
+    assert np.array_equal(pixels(anew), [np.asarray(Image.open(source / name)) for name in anew.names])
+    shutil.rmtree(source)  # a source that is not there any more is not compared
+    assert same(srgan.prepare(source, place), first) and [path.stat().st_mtime_ns for path in sorted(place.glob("*.*"))] == before
+    assert srgan.prepare_faces("in").fingerprint == anew.fingerprint and "changed" not in capsys.readouterr().out
 
 
-def test_a_source_that_was_mended_is_read_again(tmp_path):
-    source = no_image(tmp_path)
-    (source / "a.png").write_bytes(b"not yet")
-    with pytest.raises(ValueError, match="no usable image"):
-        srgan.prepare(source, tmp_path / "store")
-    picture(1).save(source / "a.png")
-    assert srgan.prepare(source, tmp_path / "store").names == ["a.png"]
-
-
-# --- Preparing again, and after an interruption
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The names that are decoded, in blocks of 4; a name in `decoded.stop` interrupts instead."""
-    names, square, lock = [], srgan._square, threading.Lock()
-    log = SimpleNamespace(names=names, stop=set())
-
-    def watched(source, name):
-        if name in log.stop:
-            raise KeyboardInterrupt
-        with lock:
-            names.append(name)
-        return square(source, name)
-
-    monkeypatch.setattr(srgan, "_square", watched)
-    monkeypatch.setattr(srgan, "_BLOCK", 4)
-    return log
-
-
-@pytest.mark.parametrize("tail", ["", '{"names": ["05.png"'], ids=["clean", "half-written"])
-def test_an_interrupted_preparation_continues(tmp_path, decoded, tail):
-    names = [f"{number:02}.png" for number in range(10)]
-    source = folder_of(tmp_path / "in", names)
-    (source / "02.png").write_bytes(b"bad")
-    srgan.prepare(source, tmp_path / "whole")
-    decoded.stop, decoded.names[:] = {"06.png"}, []
-    with pytest.raises(KeyboardInterrupt):
-        srgan.prepare(source, tmp_path / "store")
-    assert set(names[:4]) <= set(decoded.names)
-    with open(tmp_path / "store" / "journal.jsonl", "a") as journal:
-        journal.write(tail)
-    decoded.stop, decoded.names[:] = set(), []
-    store = srgan.prepare(source, tmp_path / "store")
-    assert sorted(decoded.names) == names[4:]
-    for file in ("store.json", "faces.u8"):
-        assert (tmp_path / "store" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    blocks = json.loads((tmp_path / "store" / "store.json").read_text())["blocks"]
-    assert len(store) == 9 and [rows for rows, _ in blocks] == [3, 4, 2]
-    assert not (tmp_path / "store" / "journal.jsonl").exists()
-
-
-def test_another_source_does_not_continue_an_interrupted_one(tmp_path, decoded):
-    names = [f"{number:02}.png" for number in range(6)]
-    source, other = folder_of(tmp_path / "in", names), folder_of(tmp_path / "other", reversed(names))
-    decoded.stop = {"05.png"}
-    with pytest.raises(KeyboardInterrupt):
-        srgan.prepare(source, tmp_path / "store")
-    decoded.stop = set()
-    assert srgan.prepare(other, tmp_path / "store").fingerprint == srgan.prepare(other, tmp_path / "fresh").fingerprint
-
-
-@pytest.mark.parametrize("spelled", [str, lambda path: path, lambda path: f"{path}/"], ids=["text", "path", "slash"])
-def test_a_second_call_does_nothing(tmp_path, decoded, spelled):
-    source = folder_of(tmp_path / "in", ["a.png", "b.png"])
-    first = srgan.prepare(source, tmp_path / "store")
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "store").iterdir()}
-    decoded.names.clear()
-    second = srgan.prepare(spelled(source), tmp_path / "store")
-    assert second.fingerprint == first.fingerprint and decoded.names == []
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "store").iterdir()} == before
-
-
-def test_a_finished_store_takes_no_other_source_or_limit(tmp_path):
-    source = folder_of(tmp_path / "in", ["a.png", "b.png"])
-    other = folder_of(tmp_path / "other", ["c.png"])
-    fingerprint = srgan.prepare(source, tmp_path / "store").fingerprint
-    for arguments in ((other, None), (source, 1)):
-        with pytest.raises(ValueError, match="already holds"):
-            srgan.prepare(arguments[0], tmp_path / "store", limit=arguments[1])
-    assert srgan.FaceStore(tmp_path / "store").fingerprint == fingerprint
-
-
-# --- A store on disk
-
-
-def test_a_damaged_block_is_noticed_at_its_first_use(tmp_path, decoded):
-    source = folder_of(tmp_path / "in", [f"{number:02}.png" for number in range(12)])
-    for number in range(4):
-        (source / f"{number:02}.png").write_text("a block with no usable face")
-    srgan.prepare(source, tmp_path / "store")
-    with open(tmp_path / "store" / "faces.u8", "r+b") as file:
-        file.seek(5 * 178 * 178 * 3 + 1000)  # the second face of the second block that holds faces
-        byte = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte[0] ^ 1]))
-    store = srgan.FaceStore(tmp_path / "store")
-    assert np.array_equal(stored(store, 3), np.asarray(picture(7)))
-    for read in (lambda: store.faces([4]), lambda: store.faces([0, 7]), store.verify,
-                 lambda: srgan.prepare(source, tmp_path / "store")):
-        with pytest.raises(ValueError, match="faces 4 to 7 are damaged"):
-            read()
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda record: record | {"format": record["format"] + 1}, "newer version"),
-    (lambda record: record | {"split": [2 - part for part in record["split"]]}, "damaged"),
-    (lambda record: record | {"names": record["names"][1:]}, "damaged"),
-    (lambda record: {key: value for key, value in record.items() if key != "blocks"}, "damaged"),
-    (lambda record: record | {"format": "two"}, "damaged"),
-    (lambda record: [record], "damaged"),
-], ids=["newer", "split", "names", "no blocks", "odd format", "no object"])
-def test_a_spoilt_store_is_refused_in_one_line(tmp_path, spoil, message):
-    source = folder_of(tmp_path / "in", ["a.png", "b.png", "c.png"])
-    srgan.prepare(source, tmp_path / "store")
-    path = tmp_path / "store" / "store.json"
-    path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
-    with pytest.raises(ValueError, match=message):
-        srgan.FaceStore(tmp_path / "store")
-    with pytest.raises(ValueError, match=message):
-        srgan.prepare(source, tmp_path / "store")
-
-
-def test_a_shortened_store_is_refused(tmp_path):
-    srgan.prepare(folder_of(tmp_path / "in", ["a.png", "b.png"]), tmp_path / "store")
-    pixels = tmp_path / "store" / "faces.u8"
-    pixels.write_bytes(pixels.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="damaged"):
-        srgan.FaceStore(tmp_path / "store")
+def test_a_store_of_another_source_or_limit_of_a_changed_zip_or_a_damaged_one_is_refused_in_one_line(tmp_path):
+    source, store = zip_of(tmp_path / "in.zip", ["a.jpg", "b.jpg", "c.jpg"]), tmp_path / "store"
+    record, pixels = ((srgan.prepare(source, store).folder / name).read_bytes() for name in ("store.json", "faces.u8"))
+    for other, limit in ((folder_of(tmp_path / "other", ["c.png"]), None), (source, 1), ("synthetic", None)):
+        refused("already holds", srgan.prepare, other, store, limit)
+    refused("has changed since", srgan.prepare, zip_of(source, ["a.jpg", "d.jpg"]), store)
+    for spoilt in ((record[:-90], pixels), (b"[]", pixels), (record.replace(b'"fingerprint"', b'"finger"'), pixels),
+                   (record, pixels[:-1]), (record, b"")):
+        for name, data in zip(("store.json", "faces.u8"), spoilt):
+            (store / name).write_bytes(data)
+        refused("is damaged .*: delete it and prepare it again", srgan.FaceStore, store)
+        refused("is damaged .*: delete it and prepare it again", srgan.prepare, source, store)
 
 
 # --- Split and limit
 
-
-def test_the_split_is_crc32_of_the_base_name():
-    names = [f"folder/{kind}-{number}.jpg" for kind in ("é", "face") for number in range(400)]
-    parts = srgan.split_of(names)
-    assert parts.tolist() == [0 if bucket(name) < 85 else 1 if bucket(name) < 90 else 2 for name in names]
-    assert set(parts.tolist()) == {0, 1, 2}
-    assert srgan.split_of([name.removeprefix("folder/") for name in names]).tolist() == parts.tolist()
+PEOPLE = named(0, 8) + named(1, 1) + named(2, 1)  # as folders, too
+CELEBA = [f"img_align_celeba/{n}.jpg" for n in ("000001", "162770", "162771", "182637", "182638", "202599")]
+NUMBERS = [f"{n:06}.jpg" for n in range(2, 400)]
 
 
-CELEBA_ENDS = ["000001.jpg", "162770.jpg", "162771.jpg", "182637.jpg", "182638.jpg", "202599.jpg"]
+@pytest.mark.parametrize("names, key", [
+    ([f"folder/{kind}-{n}.jpg" for kind in ("é", "face") for n in range(200)], "base"),
+    ([f"{n % 9}/{n}.jpg" for n in range(400)], "base"), ([f"{n % 9}/{n // 9}.jpg" for n in range(400)], "path"),  # nine folders
+    ([f"{who}/{n}.jpg" for who in PEOPLE for n in range(4)], "folder"), ([f"{n % 50}/x/{n}.jpg" for n in range(400)], "folder"),
+    ([f"{who}/{who}-{n}.jpg" for who in PEOPLE for n in range(9 if who == PEOPLE[0] else 4)], "folder"),  # just a fifth in one
+    ([f"{who}/{who}-{n}.jpg" for who in PEOPLE for n in range(10 if who == PEOPLE[0] else 4)], "base"),
+    ([*CELEBA, *NUMBERS, "mine.jpg"], "base"), ([name[:-3] + "png" for name in [*CELEBA, *NUMBERS]], "base"), (NUMBERS, "base"),
+], ids=str)
+def test_the_split_is_crc32_of_the_person_the_name_or_the_path(names, key):
+    key = {"base": lambda name: name.rpartition("/")[2], "folder": lambda name: name.rpartition("/")[0], "path": str}[key]
+    assert srgan.split_of(names).tolist() == [part(key(name)) for name in names]
 
 
-def test_celeba_keeps_its_official_partition():
-    assert srgan.split_of(CELEBA_ENDS).tolist() == [0, 0, 1, 1, 2, 2]
-    assert srgan.split_of([f"img_align_celeba/{name}" for name in CELEBA_ENDS]).tolist() == [0, 0, 1, 1, 2, 2]
+def test_from_three_faces_on_every_part_has_one_and_none_moves_without_need(tmp_path):
+    for seed, count in itertools.product(range(40), range(1, 12)):
+        names = [f"{seed}-{n}.jpg" for n in range(count)]
+        wanted, parts = [part(name) for name in names], srgan.split_of(names).tolist()
+        assert len(set(parts)) == 3 or count < 3
+        assert sum(map(int.__ne__, parts, wanted)) == (3 - len(set(wanted)) if count >= 3 else 0)
+    people = srgan.split_of([f"{who}/{n}.jpg" for who in named(0, 12) for n in range(3)]).reshape(12, 3)
+    assert set(people.flat) == {0, 1, 2} and (people == people[:, :1]).all()  # a person is in one part
+    usable = [*named(0, 3), *((name, b"") for name in named(1, 2) + named(2, 2))]  # of these three are
+    assert sorted(srgan.prepare(zip_of(tmp_path / "in.zip", usable), tmp_path / "store").split) == [0, 1, 2]
+    few = srgan.prepare(zip_of(tmp_path / "few.zip", named(0, 2)), tmp_path / "few")
+    for its in ("validation", "test"):
+        refused(f"no {its} faces .2 train, 0 validation, 0 test", few.indices, its)
 
 
-@pytest.mark.parametrize("names", [
-    CELEBA_ENDS[:2] + CELEBA_ENDS[4:], CELEBA_ENDS[2:], CELEBA_ENDS[:4], CELEBA_ENDS + ["mine.jpg"],
-    [name.replace("jpg", "png") for name in CELEBA_ENDS], [f"{number:06}.jpg" for number in range(1, 200)],
-], ids=["no validation", "no train", "no test", "one more", "png", "first 199"])
-def test_other_sets_with_numbers_are_split_as_any_other(names):
-    assert srgan.split_of(names).tolist() == [0 if bucket(name) < 85 else 1 if bucket(name) < 90 else 2 for name in names]
-
-
-@pytest.mark.parametrize("limit", [34, 100, 1, 5_000])
-def test_limit_takes_so_many_of_each_part_spread_evenly(limit):
-    names = sorted(f"{number:04}.png" for number in range(3_000))
-    parts = dict(zip(names, srgan.split_of(names).tolist()))
-    kept = srgan._limited(names, limit)
-    assert kept == sorted(set(kept))
-    for part, wanted in enumerate([limit, limit / 17, 2 * limit / 17]):
-        members = [name for name in names if parts[name] == part]
-        places = [members.index(name) for name in kept if parts[name] == part]
+@pytest.mark.parametrize("limit", [1, 5, 17, 100, 5_000])
+@pytest.mark.parametrize("names", [[f"{n:04}.jpg" for n in range(600)], [f"{n % 30}/{n}.jpg" for n in range(240)],
+                                   [f"{n % 2}/{n // 2}.jpg" for n in range(600)]], ids=["names", "persons", "paths"])
+def test_limit_takes_so_many_of_each_part_spread_evenly_and_moves_none_to_another(tmp_path, names, limit):
+    store = srgan.prepare(zip_of(tmp_path / "in.zip", names), tmp_path / "store", limit)
+    for its, wanted in enumerate([limit, limit / 17, 2 * limit / 17]):
+        members = sorted(name for name, code in zip(names, srgan.split_of(names)) if code == its)
+        places = [members.index(name) for name, code in zip(store.names, store.split) if code == its]
         assert len(places) == min(max(1, round(wanted)), len(members))
-        gaps = np.diff([*places, places[0] + len(members)])  # around the end
-        assert gaps.max() - gaps.min() <= 1
-    assert srgan._limited(names, None) == names
+        assert np.ptp(np.diff([*places, places[0] + len(members)])) <= 1  # around the end, too
 
 
-@pytest.mark.parametrize("limit", [1, 34, 60, 360])
-def test_synthetic_has_enough_faces_for_each_part(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(srgan, "_square", lambda source, name: (np.zeros((178, 178, 3), np.uint8), "", False))  # nothing is drawn
-    store = srgan.prepare("synthetic", tmp_path / "store", limit=limit)
-    wanted = [limit, max(1, round(limit / 17)), max(1, round(2 * limit / 17))]
-    assert [len(store.indices(part)) for part in ("train", "validation", "test")] == wanted
-    parts = np.concatenate([store.indices(part) for part in ("train", "validation", "test")])
-    assert sorted(parts) == store.indices("all").tolist() == list(range(sum(wanted)))
-
-
-def test_enlarged_faces_are_not_in_test(tmp_path):
-    small, large = names_in(90, 100, 4)[:2], names_in(90, 100, 4)[2:]
-    trained = names_in(0, 85, 1)
+def test_enlarged_faces_are_not_in_test_where_there_are_others(tmp_path):
+    small, large, trained = named(2, 4)[:2], named(2, 4)[2:], named(0, 1)
     source = folder_of(tmp_path / "in", small + trained, width=120, height=150)
-    folder_of(source, large)
-    store = srgan.prepare(source, tmp_path / "store")
-    assert sorted(store.enlarged) == sorted(small + trained)
-    assert sorted(store.names[index] for index in store.indices("test")) == large
-    assert [store.names[index] for index in store.indices("train")] == trained
+    assert len(srgan.prepare(source, tmp_path / "alone").indices("test")) == 1
+    store = srgan.prepare(folder_of(source, large), tmp_path / "store")
+    assert sorted(store.enlarged) == sorted(small + trained) and "3 enlarged" in store.describe()
+    assert {store.names[n] for n in store.indices("test")} <= set(large) and store.names[store.indices("train")[0]] == trained[0]
     expected = picture(0, 120, 150).resize((178, round(150 * 178 / 120)), Image.BICUBIC)
-    assert np.array_equal(stored(store, store.names.index(small[0])), np.asarray(expected)[22:200])
+    assert np.array_equal(pixels(store)[store.names.index(small[0])], np.asarray(expected)[22:200])
 
 
-def test_a_part_that_is_needed_and_empty_is_an_error_in_one_line(tmp_path):
-    store = srgan.prepare(folder_of(tmp_path / "in", names_in(0, 85, 2)), tmp_path / "store")
-    for part in ("validation", "test"):
-        with pytest.raises(ValueError, match=f"no {part} faces .2 train, 0 validation, 0 test") as caught:
-            store.indices(part)
-        assert "\n" not in str(caught.value)
+# --- Drawn faces and named sets, with stand-ins for the network
+
+PORTRAITS = [(f"set-1/images/{name}.png", encoded(n)) for n, name in enumerate("ab")]
 
 
-# --- Synthetic faces
-
-
-def test_a_synthetic_face_is_a_function_of_its_number(store):
-    for index in (0, 17, len(store) - 1):
-        number = int(store.names[index].removeprefix("synthetic-").removesuffix(".png"))
-        torch.testing.assert_close(store.faces([index]).float() / 255, srgan.synthetic_face(number), rtol=0, atol=1e-6)
-    assert torch.equal(srgan.synthetic_face(3), srgan.synthetic_face(3))
-    assert (srgan.synthetic_face(3) - srgan.synthetic_face(4)).abs().mean() > 0.02
-    assert (srgan.synthetic_face(3) - srgan.synthetic_face(3, seed=1)).abs().mean() > 0.02
-
-
-def test_synthetic_stores_of_another_size_hold_the_same_faces(store, tmp_path):
-    other = srgan.prepare("synthetic", tmp_path / "store", limit=6)
-    assert other.indices("train").size == 6 and not other.left_out and not other.enlarged
-    common = sorted(set(store.names) & set(other.names))
-    assert common
-    for name in common:
-        assert torch.equal(store.faces([store.names.index(name)]), other.faces([other.names.index(name)]))
-
-
-# --- Portraits: a download from a server of our own
+def test_a_drawn_face_is_a_function_of_its_number_in_every_store(store, tmp_path):
+    for drawn, index in itertools.product((store, srgan.prepare("synthetic", tmp_path / "store", limit=6)), (0, 3, -1)):
+        face = srgan.synthetic_face(int(drawn.names[index][10:16]))
+        assert (drawn.faces([index]).float() / 255 - face).abs().max() < 1e-6
+        assert all((face - srgan.synthetic_face(5, seed)).abs().mean() > 0.02 for seed in (0, 1))
 
 
 @pytest.fixture
-def portraits(tmp_path, monkeypatch):
-    """`portraits(reply)` serves bytes as the pinned zip; `.zip` is the right one, with two faces."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("set-1/README.md", "not a face")
-        for number, name in enumerate(["b.png", "a.png"]):
-            data = io.BytesIO()
-            picture(number, 225, 275).save(data, "PNG")
-            archive.writestr(f"set-1/images/{name}", data.getvalue())
-    with zipfile.ZipFile(buffer) as archive:
-        faces = {name: archive.read(f"set-1/images/{name}") for name in ("a.png", "b.png")}
-    lines = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in faces.items())
+def machine(tmp_path, monkeypatch):
+    """An empty folder to work in, an empty cache, portraits that a file may hold, and faces that are drawn in no time."""
+    monkeypatch.setattr(srgan, "synthetic_face", lambda index: torch.zeros(1, 3, 178, 178))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("no_proxy", "*")
-    servers = []
-
-    def serve(reply: bytes, headers: dict | None = None, size: int | None = None):
-        requests = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                requests.append(self.path)
-                self.close_connection = True
-                if headers is None:
-                    self.send_response(200)
-                    self.send_header("Content-Length", str(size or len(reply)))
-                    self.end_headers()
-                elif headers:
-                    self.send_response(200)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                self.wfile.write(reply)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        monkeypatch.setitem(srgan._PORTRAITS, "url", f"http://127.0.0.1:{server.server_port}/faces.zip")
-        return requests
-
-    for key, value in {"folder": "set-1/images/", "files": 2, "bytes": sum(map(len, faces.values())),
-                       "sha256": hashlib.sha256(lines.encode()).hexdigest()}.items():
-        monkeypatch.setitem(srgan._PORTRAITS, key, value)
-    serve.zip, serve.cache = buffer.getvalue(), tmp_path / "cache"
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_portraits_are_fetched_once_checked_and_prepared(portraits, tmp_path):
-    requests = portraits(portraits.zip)
-    store = srgan.prepare("portraits", tmp_path / "store")
-    assert [name.rsplit("/", 1)[-1] for name in store.names] == ["a.png", "b.png"]
-    expected = picture(1, 225, 275).resize((178, 218), Image.BICUBIC)
-    assert np.array_equal(stored(store, 0), np.asarray(expected)[20:198])
-    assert srgan.prepare("portraits", tmp_path / "other").fingerprint == store.fingerprint
-    assert requests == ["/faces.zip"]
-
-
-def test_a_spoilt_copy_of_the_portraits_is_fetched_anew(portraits, tmp_path):
-    portraits(portraits.zip)
-    srgan.open_source("portraits")
-    (copy,) = portraits.cache.rglob("*.zip")
-    copy.write_bytes(portraits.zip[:-300])
-    requests = portraits(portraits.zip)
-    assert len(srgan.open_source("portraits").names) == 2 and requests == ["/faces.zip"]
-
-
-def other_zip(data: bytes) -> bytes:
-    """A zip of the same names and sizes, with other pixels."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w") as copy:
-        for info in archive.infolist():
-            content = archive.read(info)
-            copy.writestr(info.filename, content[:-20] + bytes(20))
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("reply, headers, size", [
-    (other_zip, None, None),
-    (lambda data: b"<html>Please sign in to this network</html>", None, None),
-    (lambda data: data[:-500], None, None),
-    (lambda data: data[:-500], None, 10**6),                                                 # the connection breaks
-    (lambda data: b"fff\r\n" + data[:500], {"Transfer-Encoding": "chunked"}, None),          # so it does here
-    (lambda data: b"SSH-2.0-OpenSSH_9.6\r\n", {}, None),                                     # not even HTTP
-], ids=["other pixels", "web page", "cut off", "cut off early", "cut off in a chunk", "no http"])
-def test_what_is_not_the_portraits_is_refused_and_not_kept(portraits, tmp_path, monkeypatch, reply, headers, size):
-    escaped = []
-    monkeypatch.setattr(threading, "excepthook", escaped.append)  # else a thread's traceback lands on standard error
-    monkeypatch.setattr(srgan.time, "sleep", lambda seconds: None)  # the pauses before a broken download is taken up
-    portraits(reply(portraits.zip), headers, size)
-    with pytest.raises((ValueError, ConnectionError), match="portraits.*'synthetic'") as caught:
-        srgan.prepare("portraits", tmp_path / "store")
-    assert "\n" not in str(caught.value) and not escaped
-    assert not list(portraits.cache.rglob("*.zip")) and not (tmp_path / "store").exists()
-    requests = portraits(portraits.zip)
-    assert len(srgan.prepare("portraits", tmp_path / "store")) == 2 and requests
-
-
-def test_no_answer_is_a_connection_error_with_advice(portraits, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setitem(srgan._PORTRAITS, "url", f"http://127.0.0.1:{port}/faces.zip")
-    with pytest.raises(ConnectionError, match="check the network, or use the source 'synthetic'"):
-        srgan.open_source("portraits")
-
-
-# --- CelebA: what lies there, then the mirrors, then advice
-
-
-class HfHubHTTPError(OSError):
-    """As huggingface_hub raises it."""
-
-
-class FileURLRetrievalError(Exception):
-    """As gdown raises it when Google's quota is used up."""
-
-
-@pytest.fixture
-def celeba(tmp_path, monkeypatch):
-    """An empty folder to work in, a stand-in for CelebA's zip, and mirrors that all fail; `.asked` says which were tried."""
-    with zipfile.ZipFile(tmp_path / "right.zip", "w") as archive:
-        for number, name in enumerate(CELEBA_ENDS):
-            data = io.BytesIO()
-            picture(number, 178, 218).save(data, "JPEG")
-            archive.writestr(f"img_align_celeba/{name}", data.getvalue())
-    data = (tmp_path / "right.zip").read_bytes()
-    monkeypatch.setitem(srgan._CELEBA, "bytes", len(data))
-    monkeypatch.setitem(srgan._CELEBA, "md5", hashlib.md5(data).hexdigest())
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    lines = "".join(f"{hashlib.sha256(data).hexdigest()}  {name[-5:]}\n" for name, data in PORTRAITS)
+    pinned = {"folder": "set-1/images/", "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+    monkeypatch.setattr(srgan, "_PORTRAITS", pinned | {"url": (tmp_path / "served.zip").as_uri()})  # which `urlopen` understands
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    import gdown
+    return SimpleNamespace(served=tmp_path / "served.zip", cache=tmp_path / "cache" / "hub" / "srgan")
 
-    asked = []
 
-    def failing(mirror, error):
-        def fetch(*_, **__):
-            asked.append(mirror)
-            raise error
+def test_what_cannot_be_had_is_replaced_by_drawn_faces_loudly_but_never_a_users_own_path(machine, capsys):
+    for limit, drawn in ((1, [1, 1, 1]), (34, [34, 2, 4]), (None, [200, 12, 24]), (900, [200, 12, 24])):  # enough for each part
+        store, told = srgan.prepare_faces("portraits", limit), capsys.readouterr().out
+        assert store.title == "synthetic" and np.bincount(store.split).tolist() == drawn
+        assert "could not be fetched" in told and "SYNTHETIC (drawn) faces instead of portraits:" in told and "!" * 40 in told
+    Path("empty").mkdir()
+    Path("page.zip").write_text("<html>")
+    for path in ("portrait", "empty", "page.zip", Path("celeba").absolute()):
+        with pytest.raises((OSError, ValueError)):
+            srgan.prepare_faces(path)
+    folder_of(Path("portraits"), ["mine.png"])
+    assert srgan.prepare_faces("./portraits").names == ["mine.png"]  # their folder, not the set of that name
+    assert "SYNTHETIC" not in capsys.readouterr().out
 
-        return fetch
 
-    hub, kaggle = ModuleType("huggingface_hub"), ModuleType("kagglehub")
-    hub.hf_hub_download = failing("Hugging Face", HfHubHTTPError("401 Client Error.\n\nRepository Not Found"))
-    kaggle.dataset_download = failing("Kaggle", RuntimeError("403 Client Error."))
-    drive = mock.create_autospec(gdown.download, side_effect=failing("Google Drive", FileURLRetrievalError(
-        "Failed to retrieve file url:\n\n\tToo many users have viewed or downloaded this file recently.")))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(sys.modules, "kagglehub", kaggle)
+def test_portraits_are_fetched_once_and_anew_only_where_the_copy_is_spoilt(machine):
+    zip_of(machine.served, [("set-1/README.md", b"no face"), *PORTRAITS])
+    store = srgan.prepare("portraits", "store")
+    assert [name[-5:] for name in store.names] == ["a.png", "b.png"] and np.array_equal(pixels(store)[1], np.asarray(picture(1)))
+    zip_of(machine.served, [("set-1/images/", b""), *PORTRAITS[::-1]], zipfile.ZIP_DEFLATED)  # other bytes, the same pictures
+    (copy,) = machine.cache.glob("*.zip")
+    for data, fetched in ((copy.read_bytes(), False), (copy.read_bytes()[:-300], True)):
+        copy.write_bytes(data)
+        assert srgan.prepare("portraits", f"fetched-{fetched}").fingerprint == store.fingerprint
+        assert (copy.read_bytes() == machine.served.read_bytes()) == fetched
+
+
+@pytest.mark.parametrize("serve, error", {
+    "other pixels": (lambda path: zip_of(path, [(name, data[:-20] + bytes(20)) for name, data in PORTRAITS]), None),
+    "one fewer": (lambda path: zip_of(path, PORTRAITS[1:]), None), "web page": (lambda path: path.write_text("<html>"), None),
+    "not there": (str, None), "too late": (str, TimeoutError("timed\nout")), "cut off": (str, http.client.IncompleteRead(b"")),
+    "no http": (str, http.client.BadStatusLine("SSH\r\n")),
+}.values())
+def test_what_is_not_the_portraits_is_refused_in_one_line_and_not_kept(machine, monkeypatch, serve, error):
+    serve(machine.served)
+    if error:
+        reply = mock.MagicMock(headers={"Content-Length": "9"}, **{"__enter__.return_value.read.side_effect": [b"PK", error]})
+        monkeypatch.setattr("urllib.request.urlopen", lambda *_, timeout: reply)
+    refused("portraits could not be fetched .*'synthetic'", srgan.prepare, "portraits", "store", error=ConnectionError)
+    assert not list(machine.cache.glob("*.zip")) and not Path("store").exists()
+
+
+@pytest.fixture
+def celeba(machine, tmp_path, monkeypatch):
+    """A stand-in for CelebA's zip, and mirrors that fail where `gives` has nothing; `asked` says which were tried."""
+    gdown, data, asked, gives = pytest.importorskip("gdown"), zip_of(tmp_path / "zip", CELEBA).read_bytes(), [], {}
+    monkeypatch.setitem(srgan._CELEBA, "bytes", len(data))
+    monkeypatch.setitem(srgan._CELEBA, "md5", hashlib.md5(data).hexdigest())
+
+    def fetch(mirror, target, known):
+        asked.append(mirror)
+        assert known and not (mirror == "Google Drive" and Path(target).exists())  # what is there, gdown may take for whole
+        if mirror not in gives:
+            raise RuntimeError(f"{mirror} failed:\n\n\tToo many users have viewed or downloaded this file recently.")
+        Path(target).write_bytes(gives[mirror])
+
+    def hub(repository, name, *, repo_type, local_dir):
+        fetch("Hugging Face", Path(local_dir, name), (repository, repo_type) == (srgan._CELEBA["hugging_face"], "dataset"))
+
+    drive = mock.create_autospec(gdown.download)
+    drive.side_effect = lambda *, id, output, **_: fetch("Google Drive", output, id == srgan._CELEBA["drive"])
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hub))
     monkeypatch.setattr(gdown, "download", drive)
-    return SimpleNamespace(data=data, asked=asked, here=tmp_path / "here", cache=tmp_path / "cache" / "hub" / "srgan",
-                           hub=hub, kaggle=kaggle, gdown=drive)
+    return SimpleNamespace(data=data, asked=asked, gives=gives, copy=machine.cache / "img_align_celeba.zip")
 
 
-def test_celeba_in_the_current_folder_is_used_as_it_is(celeba, tmp_path):
-    (celeba.here / "img_align_celeba.zip").write_bytes(celeba.data)
-    store = srgan.prepare("celeba", tmp_path / "store")
-    assert [name.rsplit("/", 1)[-1] for name in store.names] == CELEBA_ENDS
-    assert store.split.tolist() == [0, 0, 1, 1, 2, 2] and celeba.asked == []
+@pytest.mark.parametrize("place", [".", "celeba", "img_align_celeba", "celeba/img_align_celeba", "img_align_celeba/" * 2])
+def test_celeba_that_is_there_is_used_and_keeps_its_official_partition_whatever_lists_lie_beside_it(celeba, place):
+    pictures = [name[-10:] for name in CELEBA] if "img" in place else []
+    folder_of(Path(place), pictures), Path(place).mkdir(exist_ok=True)
+    for name, data in [("list.csv", b"a"), ("README.txt", b"a")] if pictures else [(celeba.copy.name, celeba.data)]:
+        Path(place, name).write_bytes(data)
+    for limit, parts in ((None, [0, 0, 1, 1, 2, 2]), (1, [0, 1, 2])):
+        store = srgan.prepare("celeba", f"{limit}", limit)
+        assert (store.title, store.split.tolist(), celeba.asked) == ("celeba", parts, [])
+    assert srgan.split_of([*CELEBA, "list.csv", "README.txt"]).tolist()[:6] == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("folder", ["img_align_celeba", "img_align_celeba/img_align_celeba", "celeba/img_align_celeba"])
-def test_celeba_as_a_folder_is_found(celeba, folder):
-    target = celeba.here / folder
-    with zipfile.ZipFile(io.BytesIO(celeba.data)) as archive:
-        archive.extractall(celeba.here / "unpacked")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(celeba.here / "unpacked" / "img_align_celeba", target)
-    source = srgan.open_source("celeba")
-    assert source.names == CELEBA_ENDS and source.read("000001.jpg").size == (178, 218) and celeba.asked == []
-
-
-@pytest.mark.parametrize("spoil", [lambda data: data[:-10], lambda data: data[:500] + bytes(10) + data[510:]],
-                         ids=["size", "md5"])
-def test_a_wrong_celeba_zip_is_passed_over_and_kept(celeba, capsys, spoil):
-    path, wrong = celeba.here / "img_align_celeba.zip", spoil(celeba.data)
-    path.write_bytes(wrong)
-    with pytest.raises(ConnectionError):
-        srgan.open_source("celeba")
-    assert celeba.asked == ["Hugging Face", "Kaggle", "Google Drive"] and path.read_bytes() == wrong
-    assert str(path) in capsys.readouterr().out
-
-
-def test_mirrors_are_tried_in_order_and_then_there_is_advice(celeba, capsys):
-    with pytest.raises(ConnectionError) as caught:
-        srgan.open_source("celeba")
-    assert celeba.asked == ["Hugging Face", "Kaggle", "Google Drive"]
-    steps = [line.strip() for line in str(caught.value).splitlines()][-3:]
-    assert [step[:2] for step in steps] == ["1.", "2.", "3."]
-    assert "img_align_celeba.zip" in steps[0] and "https://" in steps[0] and "MyDrive/srgan" in steps[1]
+@pytest.mark.parametrize("gives, asked", [("R", "H"), ("WR", "HG"), ("-R", "HG"), ("?R", "G"), ("WW", "HG"), ("--", "HG")])
+def test_celeba_is_fetched_from_one_mirror_or_the_other_and_checked_or_there_is_advice(celeba, monkeypatch, capsys, gives, asked):
+    """R: the right zip, W: a wrong one, -: an error, ?: no such package."""
+    wrong = Path("img_align_celeba.zip").absolute()  # a user's own: it is passed over, and kept
+    wrong.write_bytes(celeba.data[:-10] if "-" in gives else celeba.data[:500] + bytes(10) + celeba.data[510:])
+    if "W" in gives:
+        celeba.copy.parent.mkdir(parents=True)
+        celeba.copy.write_bytes(b"a download that was cut off before")
+    for mirror, what in zip(("Hugging Face", "Google Drive"), gives):
+        celeba.gives.update({"R": {mirror: celeba.data}, "W": {mirror: b"404"}}.get(what, {}))
+    if "?" in gives:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # import then raises ImportError
+    before = wrong.read_bytes()
+    if "R" in gives:
+        for folder in ("store", "other"):  # for the second it is found in the cache
+            assert len(srgan.prepare("celeba", folder)) == 6
+    else:
+        with pytest.raises(ConnectionError, match=r"\n  1\. .*https://.*\n  2\. .*MyDrive/srgan.*\n  3\. "):
+            srgan.prepare("celeba", "store")
     told = capsys.readouterr().out
-    assert "Too many users" in told and "HfHubHTTPError" in told
-    assert all(line.startswith("CelebA: ") for line in told.splitlines())  # whatever a client says is told in one line
-
-
-def test_a_missing_client_is_passed_over(celeba, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # import then raises ImportError
-    monkeypatch.setitem(sys.modules, "kagglehub", None)
-    with pytest.raises(ConnectionError):
-        srgan.open_source("celeba")
-    assert celeba.asked == ["Google Drive"] and capsys.readouterr().out.count("no client for") == 2
-
-
-def test_hugging_faces_zip_is_checked_and_used(celeba):
-    def fetch(repository, filename, *, repo_type, local_dir):
-        assert (repository, repo_type) == (srgan._CELEBA["hugging_face"], "dataset")
-        (local_dir / filename).write_bytes(celeba.data)
-
-    celeba.hub.hf_hub_download = fetch
-    assert len(srgan.open_source("celeba").names) == 6
-    celeba.hub.hf_hub_download = None
-    assert len(srgan.open_source("celeba").names) == 6 and celeba.asked == []  # found in the cache
-
-
-def test_kaggles_folder_is_used_after_a_wrong_zip_from_hugging_face(celeba, tmp_path):
-    def download(name):
-        folder_of(tmp_path / "kaggle" / "img_align_celeba" / "img_align_celeba", CELEBA_ENDS)
-        return str(tmp_path / "kaggle")
-
-    celeba.hub.hf_hub_download = lambda *_, local_dir, **__: (local_dir / "img_align_celeba.zip").write_bytes(b"404")
-    celeba.kaggle.dataset_download = download
-    assert srgan.open_source("celeba").names == CELEBA_ENDS and celeba.asked == []
-
-
-@pytest.mark.parametrize("already", [None, b"cut off"], ids=["empty cache", "a damaged zip in the cache"])
-def test_google_drives_zip_comes_last(celeba, already):
-    def download(*, id, output, quiet, resume=False):
-        assert id == srgan._CELEBA["drive"]
-        target = celeba.cache / "img_align_celeba.zip"
-        if not (resume and target.exists()):  # as gdown has it: what is there is taken for whole
-            target.write_bytes(celeba.data)
-        return output
-
-    celeba.cache.mkdir(parents=True)
-    if already:
-        (celeba.cache / "img_align_celeba.zip").write_bytes(already)
-    celeba.gdown.side_effect = download
-    assert len(srgan.open_source("celeba").names) == 6
-    assert celeba.asked == ["Hugging Face", "Kaggle"]
+    assert [mirror[0] for mirror in celeba.asked] == list(asked) and wrong.read_bytes() == before and str(wrong) in told
+    assert told.count("failed: Too many") == gives.count("-")
+    assert all(line.startswith(("CelebA: ", "/")) for line in told.splitlines())  # whatever a client says
 
 
 # --- Batches: functions of (seed, update)
 
 
-SMALL = {"hr_size": 32, "patch_size": 16, "batch_size": 4}
+def test_each_epoch_visits_each_face_once_in_another_order(store):
+    members, epochs = store.indices("train"), []
+    for seed in (0, 1):
+        config = srgan.Config(hr_size=32, patch_size=None, flip=False, batch_size=4, seed=seed)
+        _, wholes = srgan.make_pair(store.faces(members), config)
+        faces = torch.cat([srgan.batch(store, config, update, CPU)[1] for update in range(len(members))])
+        epochs += np.reshape([int((wholes == face).flatten(1).all(1).nonzero()) for face in faces], (4, len(members))).tolist()
+    assert all(sorted(epoch) == list(range(len(members))) for epoch in epochs) and len(set(map(tuple, epochs))) == 8
 
 
-def test_each_epoch_visits_each_face_once():
-    config, count = srgan.Config(batch_size=4, seed=5), 10
-    order = np.concatenate([srgan.batch_indices(config, update, count) for update in range(10)]).reshape(4, count)
-    assert np.array_equal(np.sort(order), np.tile(np.arange(count), (4, 1)))
-    assert len({tuple(epoch) for epoch in order.tolist()}) == 4
-    other = np.concatenate([srgan.batch_indices(srgan.Config(batch_size=4, seed=6), update, count) for update in range(10)])
-    assert not np.array_equal(order.ravel(), other)
-    assert np.array_equal(srgan.batch_indices(config, 7, count), order.ravel()[28:32])  # out of order
-
-
-def test_a_batch_is_a_function_of_seed_and_update(store):
-    config = srgan.Config(**SMALL)
-    state = torch.get_rng_state()
+def test_a_batch_is_a_function_of_seed_and_update_alone_and_a_share_is_its_part(store, tmp_path):
+    config, state = srgan.Config(**SMALL), torch.get_rng_state()
     first = [srgan.batch(store, config, update, CPU) for update in range(3)]
     assert torch.equal(torch.get_rng_state(), state)  # torch's own generator is neither used nor moved
     torch.manual_seed(1)
     for update in (2, 0, 1):
-        assert all(map(torch.equal, srgan.batch(store, config, update, CPU), first[update]))
-    assert not torch.equal(first[0][1], first[1][1])
-    assert not torch.equal(srgan.batch(store, srgan.Config(**SMALL, seed=1), 0, CPU)[1], first[0][1])
-
-
-def test_flips_and_patches_too_are_functions_of_seed_and_update(store, monkeypatch):
-    monkeypatch.setattr(srgan, "batch_indices", lambda *_: np.arange(4))  # the same faces each time
-    cuts = [srgan.batch(store, srgan.Config(**SMALL, seed=seed), update, CPU)[1] for seed in (0, 1) for update in (0, 1)]
-    assert not any(torch.equal(one, other) for one, other in itertools.combinations(cuts, 2))
+        shares = [srgan.batch(store, config, update, CPU, (rank, 2)) for rank in (0, 1)]
+        for again, parts, whole in zip(srgan.batch(store, config, update, CPU), zip(*shares), first[update]):
+            assert torch.equal(again, whole) and torch.equal(torch.cat(parts), whole)
+    one = srgan.prepare("synthetic", tmp_path / "store", limit=1)  # the same face each time: flips and cuts
+    cuts = [srgan.batch(one, srgan.Config(**SMALL, seed=seed), update, CPU)[1] for seed in (0, 1) for update in (0, 1)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(cuts, 2))
 
 
 @pytest.mark.parametrize("scale, crop, flip", [(2, 176, True), (4, 178, True), (8, 145, True), (4, 144, False)])
 def test_patches_and_flips_are_in_step(store, scale, crop, flip):
     """Every (lr, hr) patch is one place of one whole training face, mirrored or not, cut from both."""
-    config, members = srgan.Config(scale=scale, crop=crop, flip=flip, **SMALL), store.indices("train")
-    small, places, mirrored = 16 // scale, set(), []
-    for update in range(5):
-        lr, hr = srgan.batch(store, config, update, CPU)
-        assert lr.shape == (4, 3, small, small) and hr.shape == (4, 3, 16, 16)
-        faces = store.faces(members[srgan.batch_indices(config, update, len(members))])
-        wholes = [srgan.make_pair(faces, config), srgan.make_pair(faces.flip(-1), config)]
-        for i in range(4):
-            found = [(y, x, bool(side)) for side, (whole_lr, whole_hr) in enumerate(wholes)
-                     for y in range(32 // scale - small + 1) for x in range(32 // scale - small + 1)
-                     if torch.allclose(whole_hr[i, :, y * scale:y * scale + 16, x * scale:x * scale + 16], hr[i], atol=1e-3)
-                     and torch.allclose(whole_lr[i, :, y:y + small, x:x + small], lr[i], atol=1e-3)]
-            assert len(found) == 1
-            places.add(found[0][:2])
-            mirrored.append(found[0][2])
-    assert len(places) > 3
-    assert any(mirrored) == flip and not all(mirrored)
+    small, config = 16 // scale, srgan.Config(scale=scale, crop=crop, flip=flip, **SMALL)
+    faces = store.faces(store.indices("train"))
+    wholes = map(torch.stack, zip(srgan.make_pair(faces, config), srgan.make_pair(faces.flip(-1), config)))  # of lr, of hr
+    windows = [whole.unfold(3, side, step).unfold(4, side, step) for whole, side, step in zip(wholes, (small, 16), (1, scale))]
+    found = []
+    for patches in (srgan.batch(store, config, update, CPU) for update in range(5)):
+        assert [patch.shape for patch in patches] == [(4, 3, small, small), (4, 3, 16, 16)]
+        for pair in zip(*patches):  # windows: (mirrored, face, channel, row, column, y, x)
+            here = [((each - one[:, None, None]).abs() < 1e-3).flatten(-2).all(-1).all(2) for each, one in zip(windows, pair)]
+            (place,) = (here[0] & here[1]).nonzero().tolist()
+            found.append(place)
+    mirrored = {place[0] for place in found}
+    assert mirrored == ({0, 1} if flip else {0}) and len({tuple(place[2:]) for place in found}) > 3
 
 
 @pytest.mark.parametrize("crop, hr_size, scale", [(176, 176, 4), (178, 128, 8), (144, 256, 4), (178, 176, 2)])
-def test_a_pair_is_the_centre_crop_and_its_reduction_as_pillow_makes_them(crop, hr_size, scale):
-    squares = [picture(0), picture(3)]  # away from black and white, where Pillow clamps between its two passes
-    faces = torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares])
+def test_a_pair_is_the_centre_crop_and_its_reduction_at_8_bit_levels(store, crop, hr_size, scale):
+    faces, inner = store.faces([0, 1]), slice((178 - crop) // 2, (178 - crop) // 2 + crop)
+    whole = srgan.quantise(srgan.bicubic(faces[..., inner, inner] / 255, hr_size))  # which test_pixels.py holds to Pillow's
     lr, hr = srgan.make_pair(faces, srgan.Config(crop=crop, hr_size=hr_size, scale=scale))
-    assert lr.shape == (2, 3, hr_size // scale, hr_size // scale) and hr.shape == (2, 3, hr_size, hr_size)
-    edge = (178 - crop) // 2
-    for i, square in enumerate(squares):
-        whole = square.crop((edge, edge, edge + crop, edge + crop)).resize((hr_size, hr_size), Image.BICUBIC)
-        ours = hr[i].permute(1, 2, 0).numpy() * 255
-        assert np.abs(ours - np.asarray(whole)).max() < 1.01 and np.abs(ours - ours.round()).max() < 1e-3
-        reduced = Image.fromarray(ours.round().astype(np.uint8)).resize((hr_size // scale,) * 2, Image.BICUBIC)
-        assert np.abs(lr[i].permute(1, 2, 0).numpy() * 255 - np.asarray(reduced)).max() < 1.01
+    assert torch.equal(hr, whole) and torch.equal(lr, srgan.quantise(srgan.bicubic(whole, hr_size // scale)))
 
 
-# --- Uploads
-
-
-SEVEN = {"a.png": {"metadata": {"name": "a.png"}, "content": b"one"}, "../b.jpg": {"metadata": {}, "content": b"two"}}
-EIGHT = tuple({"name": name, "type": "image/png", "size": 3, "content": memoryview(data), "last_modified": datetime(2026, 1, 1)}
-              for name, data in (("a.png", b"one"), ("../b.jpg", b"two")))
-
-
-@pytest.mark.parametrize("value", [SEVEN, EIGHT], ids=["ipywidgets 7", "ipywidgets 8"])
-def test_both_formats_of_a_file_upload_are_read(value):
-    files = srgan.uploaded_files(SimpleNamespace(value=value))
-    assert files == [("a.png", b"one"), ("../b.jpg", b"two")]
-    assert all(type(data) is bytes for _, data in files)
-    assert srgan.uploaded_files(SimpleNamespace(value=type(value)())) == []
-
-
-def test_the_upload_widget_saves_into_the_folder_and_nowhere_else(tmp_path):
-    widget = srgan.upload_images(tmp_path / "in" / "photos")
-    widget.set_trait("value", SEVEN if isinstance(widget.value, dict) else EIGHT)  # what the installed version calls for
-    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"in/photos/a.png": b"one", "in/photos/b.jpg": b"two"}
-
-
-@pytest.mark.parametrize("folder", ["photos", "."])
-def test_colabs_upload_leaves_one_copy_in_the_folder(tmp_path, monkeypatch, folder):
-    def upload():  # writes into the current folder, and returns the same
-        (tmp_path / "a.png").write_bytes(b"one")
-        return {"a.png": b"one"}
-
-    colab = ModuleType("google.colab")
-    colab.files = SimpleNamespace(upload=upload)
-    monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
-    monkeypatch.setitem(sys.modules, "google.colab", colab)
-    monkeypatch.setattr(srgan, "in_colab", lambda: True)
-    monkeypatch.chdir(tmp_path)
-    assert srgan.upload_images(folder) is None
-    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {(tmp_path / folder / "a.png").relative_to(tmp_path).as_posix(): b"one"}
-
-
-def test_names_that_are_not_utf8_are_prepared_too(tmp_path):
-    """As old zips leave them on Linux; they must come through the store, its split and every report."""
-    source = folder_of(tmp_path / "in", ["a.png"])
-    os.rename(source / "a.png", os.fsencode(source) + b"/caf\xe9.png")
-    store = srgan.prepare(source, tmp_path / "store")
-    assert store.names == ["caf\ufffd.png"] and np.array_equal(stored(store, 0), np.asarray(picture(0)))
-
-
-def test_faces_kept_on_a_device_are_the_same(store):
-    """As on a GPU that holds them all: the training faces from its memory, others from the disk."""
-    kept = srgan.FaceStore(store.folder)
+def test_faces_kept_on_a_device_are_the_same_and_read_from_there(store, tmp_path):
+    kept, config = srgan.FaceStore(shutil.copytree(store.folder, tmp_path / "copy")), srgan.Config(**SMALL)
     kept.keep_on(CPU)
-    kept._pixels = None  # nothing to read any more
-    for update in (0, 3):
-        expected = srgan.batch(store, srgan.Config(**SMALL), update, CPU)
-        assert all(map(torch.equal, srgan.batch(kept, srgan.Config(**SMALL), update, CPU), expected))
-    assert kept.faces(kept.indices("train")[:2], CPU).stride() == store.faces([0, 1]).stride()
-    with pytest.raises(TypeError):
-        kept.faces(kept.indices("test"), CPU)
+    (tmp_path / "copy" / "faces.u8").write_bytes(bytes(len(store) * 178 * 178 * 3))  # black, from now on
+    assert torch.equal(kept.faces(range(len(store)), CPU), store.faces(range(len(store))))
+    assert all(map(torch.equal, srgan.batch(kept, config, 3, CPU), srgan.batch(store, config, 3, CPU)))
     kept.keep_on(None)
-    with pytest.raises(TypeError):
-        kept.faces(kept.indices("train"), CPU)
+    assert not kept.faces(range(len(store)), CPU).any()

@@ -1,14 +1,11 @@
 """Runs and preparations killed (SIGKILL) at random moments, and continued: they end as if nothing had happened.
 
-    python tests/test_kill.py 200        so many kills of training, and a quarter as many of preparing
+    python tests/test_kill.py 200 [SEED]        so many kills of training, and a quarter as many of preparing
 
 Every third kill of a training also loses the machine: only the backup folder is left.
 """
 
-import argparse
-import contextlib
 import csv
-import json
 import os
 import random
 import shutil
@@ -24,13 +21,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import srgan_utils as srgan
 
 # Saves after every update, so that many kills hit one
 CHANGES = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32",
-           "pretrain_steps": 12, "steps": 12, "ramp_steps": 4, "warmup_steps": 2, "save_steps": 1, "sample_steps": 5}
+           "pretrain_steps": 12, "steps": 12, "ramp_steps": 4, "warmup_steps": 2, "save_steps": 1, "sample_steps": 99}
+
+
+class SmallDiscriminator(srgan.Discriminator):
+    """In its place where many checkpoints are written: they are a hundredth as large."""
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.LeakyReLU(0.2)) for channels in (3, 8))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
 
 
 def in_child(work, seconds: float | None = None) -> bool:
@@ -48,16 +55,13 @@ def in_child(work, seconds: float | None = None) -> bool:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return False
-    assert os.WEXITSTATUS(status) == 0, "a continued process failed"
-    return True
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "a continued process failed"
+    return not os.WIFSIGNALED(status)
 
 
-def train(store: Path, folder: Path, backup: Path) -> None:
-    with contextlib.redirect_stdout(None):
-        for _ in srgan.train(srgan.FaceStore(store), folder, "sharp", CHANGES, backup=backup):
-            pass
+def rows(text: str) -> list[dict]:
+    """A history, but for the time that it took."""
+    return [row | {"seconds": ""} for row in csv.DictReader(text.splitlines())]
 
 
 def plain(value):
@@ -69,108 +73,71 @@ def plain(value):
     return [plain(each) for each in value] if isinstance(value, list) else value
 
 
-def rows(text: str) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(text.splitlines())]
-
-
-def final_state(folder: Path, samples: bool) -> dict:
-    """All that a run leaves, but for the time that it took."""
+def final_state(folder: Path) -> dict:
+    """All that a run or a store leaves, but for the time that it took."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
+    for path in (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"):
+        content = rows(path.read_text()) if path.name == "history.csv" else path.read_bytes()
         if path.suffix == ".pt":
             state = srgan.load_checkpoint(path)
-            found[name] = plain(state | {"history": rows(state["history"]), "seconds": None})
+            content = plain(state | {"history": rows(state["history"]), "seconds": None})
         elif path.suffix == ".safetensors":
             generator, config, about = srgan.load_generator(path)
-            found[name] = plain(dict(generator.state_dict())), config, about
-        elif path.name == "history.csv":
-            found[name] = rows(path.read_text())
-        elif path.is_file() and (samples or path.suffix != ".png"):
-            found[name] = path.read_bytes()
+            content = plain(dict(generator.state_dict())), config, about | {"seconds": None}
+        found[str(path.relative_to(folder))] = content
     return found
 
 
-def kill_trainings(place: Path, store: Path, kills: int, chance: random.Random) -> dict:
-    train(store, place / "whole", place / "whole-backup")  # here, so that what it imports need not be imported by each child
+def kill(work, place: Path, kills: int, chance: random.Random) -> str:
+    """Kill `work(folder, backup)` again and again, until it is done; then anew, until there are so many kills."""
+    work(place / "whole", place / "whole-backup")  # here, so that what it imports need not be imported by each child
     began = time.perf_counter()
-    assert in_child(lambda: train(store, place / "again", place / "again-backup"))
-    whole = time.perf_counter() - began
-    assert final_state(place / "whole", True) == final_state(place / "again", True)
-    steps = [int(row["step"]) for row in rows((place / "whole" / "history.csv").read_text())]
-    assert steps == list(range(1, 25))  # none twice, none missing
-    count = {"kills": 0, "within a save": 0, "machines lost": 0, "runs": 0, "identical": 0}
+    assert in_child(lambda: work(place / "again", place / "again-backup"))
+    whole, expected, folder, backup = time.perf_counter() - began, final_state(place / "whole"), place / "run", place / "backup"
+    assert expected == final_state(place / "again")
+    count = {"kills": 0, "while writing": 0, "machines lost": 0, "runs": 0, "identical": 0}
     while count["kills"] < kills:
-        folder, backup, lost, ended = place / "run", place / "backup", False, False
-        count["runs"] += 1
-        while not ended:
-            last = count["kills"] == kills
-            ended = in_child(lambda: train(store, folder, backup), None if last else chance.uniform(0, 0.6 * whole))
-            count["kills"] += not ended
-            count["within a save"] += any(place.glob("run/**/*.part"))
-            if not ended and count["kills"] % 3 == 0 and folder.exists():
+        lost, count["runs"] = False, count["runs"] + 1
+        while not in_child(lambda: work(folder, backup), chance.uniform(0, 0.6 * whole) if count["kills"] < kills else None):
+            count["kills"] += 1
+            count["while writing"] += any(folder.rglob("*.part"))
+            if count["kills"] % 3 == 0 and folder.exists():
                 shutil.rmtree(folder)
-                lost = True
-                count["machines lost"] += 1
-        expected, found = (final_state(each, samples=not lost) for each in (place / "whole", folder))
-        if lost:  # of the checkpoints, those since then
-            expected = {name: value for name, value in expected.items() if name in found or not name.startswith("ckpt")}
-        differs = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-        assert not differs, f"differs from the run that was never killed: {differs}"
-        manifest = json.loads((backup / "manifest.json").read_text())
-        assert manifest["update"] == 24 and srgan.load_checkpoint(backup / manifest["slot"])["update"] == 24
+                lost, count["machines lost"] = True, count["machines lost"] + 1
+        found = final_state(folder)  # of checkpoints and samples, a new machine has those since then
+        wanted = {name: value for name, value in expected.items() if not lost or name in found or "/" not in name}
+        differs = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+        assert not differs, f"differs from what was never killed: {differs}"
         count["identical"] += 1
         shutil.rmtree(folder)
-        shutil.rmtree(backup)
-    return count
+        if backup.exists():
+            assert srgan.newest_checkpoint(place / "none", backup)["update"] == len(expected["history.csv"]) == 24
+            shutil.rmtree(backup)
+    return ", ".join(f"{number} {word}" for word, number in count.items())
 
 
-def kill_preparations(place: Path, kills: int, chance: random.Random) -> dict:
-    srgan._BLOCK = 4
-    for number in range(60):
-        place.joinpath("faces").mkdir(exist_ok=True)
-        srgan.save_image(torch.rand(3, 218, 178, generator=srgan.seeded(number)), place / "faces" / f"{number:03}.jpg")
-    began = time.perf_counter()
-    assert in_child(lambda: srgan.prepare(place / "faces", place / "whole-store"))
-    whole = time.perf_counter() - began
-    count = {"kills": 0, "stores": 0, "identical": 0}
-    while count["kills"] < kills:
-        folder, ended = place / "store", False
-        count["stores"] += 1
-        while not ended:
-            last = count["kills"] == kills
-            ended = in_child(lambda: srgan.prepare(place / "faces", folder), None if last else chance.uniform(0, 0.6 * whole))
-            count["kills"] += not ended
-        expected, found = ({path.name: path.read_bytes() for path in each.iterdir()} for each in (place / "whole-store", folder))
-        found.pop("lock", None)  # of a killed one; it stops nobody
-        assert expected == found, "differs from the store whose preparation was never killed"
-        count["identical"] += 1
-        shutil.rmtree(folder)
-    return count
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kills", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    srgan._POOLED_LAYERS = ((4, 3, 1), (8, 4, 2))  # a tiny discriminator too
+def main(kills: int, seed: int = 0) -> None:
+    srgan.Discriminator = SmallDiscriminator
     torch.set_num_threads(1)  # forked processes cannot share OpenMP's threads
-    chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        in_child(lambda: srgan.prepare("synthetic", place / "small", limit=17))
-        for what, count in (("training", kill_trainings(place, place / "small", args.kills, chance)),
-                            ("preparing", kill_preparations(place, max(1, args.kills // 4), chance))):
-            print(f"{what}: " + ", ".join(f"{number} {word}" for word, number in count.items()))
+        place, chance = Path(name), random.Random(seed)
+        store, faces = srgan.prepare("synthetic", place / "small", limit=17), place / "faces"
+        faces.mkdir()
+        for number in range(600):
+            row = torch.rand(3, 1, 178, generator=srgan.seeded(number))
+            srgan.save_image(row.expand(3, 218, 178), faces / f"{number:03}.jpg")
+        for what, kills, work in (
+                ("training", kills, lambda folder, backup: list(srgan.train(store, folder, None, CHANGES, backup=backup))),
+                ("preparing", kills // 4, lambda folder, _: srgan.prepare(faces, folder))):
+            print(f"{what}:", kill(work, place / what, kills, chance))
 
 
 def test_killed_processes_continue_as_if_nothing_had_happened():
     result = subprocess.run([sys.executable, __file__, "8"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     training, preparing = result.stdout.splitlines()[-2:]
-    assert training.startswith("training: 8 kills") and preparing.startswith("preparing: 2 kills")
+    assert training.startswith("training: 8 kills, ") and preparing.startswith("preparing: 2 kills, ")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -1,35 +1,59 @@
-"""The step functions by hand, and runs that are stopped, continued, changed and broken."""
+"""The step functions by hand, and runs that are stopped, continued, changed, forecast and broken."""
 
 import csv
 import json
 import math
+import shutil
 import signal
+import time
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
+from test_kill import final_state, plain
 
 import srgan_utils as srgan
 
-CPU = torch.device("cpu")
+CPU, SIGNALS = torch.device("cpu"), (signal.SIGINT, signal.SIGTERM)
 REPORT = {"hr_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32", "content": "pixel"}
+LONG = TINY | {"pretrain_steps": 4, "steps": 5, "save_steps": 1000, "sample_steps": 1}  # reports every update, saves rarely
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_samples(tiny_run):
+    """But for that run's, they are no pictures: drawing takes longer than the updates."""
+    with pytest.MonkeyPatch.context() as patch:
+        figure = SimpleNamespace(savefig=lambda path, **_: Path(path).write_bytes(b""))
+        patch.setattr(srgan, "stages_figure", lambda *_, **__: figure)
+        yield
 
 
 def tiny_state(preset="sharp", **changes):
     config = srgan.Config.preset(preset, **((TINY if preset == "sharp" else REPORT) | changes)).for_faces(8)
-    return srgan.TrainState.create(config, CPU)
+    return srgan.TrainState(config, CPU)
 
 
-def images(count=2, scale=4, seed=0):
-    hr = torch.cat([srgan.synthetic_face(seed + i) for i in range(count)])
-    hr = srgan.quantise(srgan.bicubic(hr, 32))
-    return srgan.quantise(srgan.bicubic(hr, 32 // scale)), hr
+def images():
+    hr = srgan.quantise(srgan.bicubic(torch.cat([srgan.synthetic_face(index) for index in (0, 1)]), 32))
+    return srgan.quantise(srgan.bicubic(hr, 8)), hr
+
+
+def update(state, store):
+    return srgan._one_update(state, *srgan.batch(store, state.config, state.update, CPU))
 
 
 def run(store, folder, preset=None, changes=None, **options):
     return list(srgan.train(store, folder, preset, changes, **options))
+
+
+def run_until(at, store, folder, changes=None, **options):
+    for event in srgan.train(store, folder, None, changes, **options):
+        if event.step >= at:
+            break
 
 
 def history(folder):
@@ -45,27 +69,20 @@ def recorded(folder):
     return json.loads((folder / "config.json").read_text())["config"]
 
 
-def differences(a, b, at=""):
-    """Where two nests of plain data differ."""
-    if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
-        return [each for key in a for each in differences(a[key], b[key], f"{at}/{key}")]
-    if isinstance(a, (list, tuple)) and len(a) == len(b):
-        return [each for i, pair in enumerate(zip(a, b)) for each in differences(*pair, f"{at}/{i}")]
-    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if equal else [at]
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def changed(a, b):
+    """The names of the tensors that differ."""
+    return {name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])}
 
 
 def assert_same_run(a, b):
-    """Weights, statistics, moments, moving average, exported files, history: all but `seconds`."""
-    one, other = newest(a), newest(b)
-    assert one["update"] == other["update"]
-    for part in ("generator", "discriminator", "ema", "g_optimizer", "d_optimizer", "scaler"):
-        assert (part in one) == (part in other)
-        assert differences(one.get(part), other.get(part), part) == []
-    assert [row | {"seconds": ""} for row in history(a)] == [row | {"seconds": ""} for row in history(b)]
-    for name in ("generator.safetensors", "pretrained.safetensors"):
-        states = [srgan.load_generator(folder / name)[0].state_dict() for folder in (a, b) if (folder / name).exists()]
-        assert len(states) != 1 and (not states or differences(dict(states[0]), dict(states[1])) == [])
+    """Weights, statistics, moments, moving average, exported files, config, history: all but `seconds`."""
+    one, other = ({name: value for name, value in final_state(folder).items() if "/" not in name}
+                  | plain(newest(folder) | {"seconds": 0, "history": "", "place": ""}) for folder in (a, b))
+    assert [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)] == []
 
 
 # --- One step
@@ -78,8 +95,7 @@ def test_pretraining_lowers_the_loss(preset):
     lr, hr = images()
     first = srgan.pixel_loss(deepcopy(state.generator)(lr), hr).item()
     losses = [srgan.pretrain_step(state, lr, hr)["pixel"].item() for _ in range(15)]
-    assert losses[0] == pytest.approx(first)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[0] == pytest.approx(first) and losses[-1] < 0.8 * first
 
 
 def weights(network):
@@ -88,69 +104,39 @@ def weights(network):
 
 def test_each_step_moves_its_own_network():
     """Neither weights nor gradients of the other, while D's step sees sr of a graph that reaches into G."""
-    state = tiny_state(pretrain_steps=0)
-    lr, hr = images()
-    sr = state.generator(lr)
-    before = weights(state.generator), weights(state.discriminator)
+    state, (lr, hr) = tiny_state(pretrain_steps=0), images()
+    generator, discriminator, sr = state.generator, state.discriminator, state.generator(lr)
+    before = weights(generator), weights(discriminator)
     srgan.discriminator_step(state, sr, hr)
-    assert differences(weights(state.generator), before[0]) == []
-    assert all(p.grad is None for p in state.generator.parameters())
-    assert len(differences(weights(state.discriminator), before[1])) == len(before[1])
-
-    middle = weights(state.discriminator)
-    gradients = [p.grad.clone() for p in state.discriminator.parameters()]
+    assert not changed(weights(generator), before[0]) and all(p.grad is None for p in generator.parameters())
+    assert changed(weights(discriminator), before[1]) == before[1].keys()
+    middle, gradients = weights(discriminator), {name: p.grad.clone() for name, p in discriminator.named_parameters()}
     srgan.generator_step(state, sr, hr)
-    assert differences(weights(state.discriminator), middle) == []
-    assert differences([p.grad for p in state.discriminator.parameters()], gradients) == []
-    assert all(p.requires_grad for p in state.discriminator.parameters())
-    assert len(differences(weights(state.generator), before[0])) == len(before[0])
+    assert not changed(weights(discriminator), middle) and changed(weights(generator), before[0]) == before[0].keys()
+    assert not changed({name: p.grad for name, p in discriminator.named_parameters()}, gradients)
+    assert all(p.requires_grad for p in discriminator.parameters())
 
 
 @pytest.mark.parametrize("preset, changes", [
-    ("sharp", {}), ("sharp", {"adversarial": "relativistic"}), ("sharp", {"content": "vgg", "vgg": "random"}), ("report", {}),
-])
+    ("sharp", {}), ("sharp", {"adversarial": "bce"}), ("sharp", {"content": "vgg", "vgg": "random"}), ("report", {})])
 def test_every_generator_weight_gets_a_gradient(preset, changes):
     """From content and adversarial loss together, and from the adversarial alone."""
     for only in ({}, {"content_weight": 0.0, "pixel_weight": 0.0}):
-        state = tiny_state(preset, pretrain_steps=0, **changes, **only)
-        lr, hr = images()
-        srgan.generator_step(state, state.generator(lr), hr)
+        state, (lr, hr) = tiny_state(preset, pretrain_steps=0, **changes, **only), images()
+        assert srgan.generator_step(state, state.generator(lr), hr)["content"] > 0
         for name, p in state.generator.named_parameters():
             assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
-def test_vgg_stays_as_it_is():
-    state = tiny_state(content="vgg", vgg="random", pretrain_steps=0)
-    before = deepcopy(state.vgg.state_dict())
-    lr, hr = images()
-    losses = srgan.generator_step(state, state.generator(lr), hr)
-    assert losses["content"] > 0
-    assert differences(dict(state.vgg.state_dict()), dict(before)) == []
-
-
-@pytest.mark.parametrize("update, share", [(3, 1 / 4), (4, 2 / 4), (6, 1.0), (9, 1.0)])
-def test_generator_loss_by_hand(update, share):
+@pytest.mark.parametrize("done, share", [(3, 1 / 4), (4, 2 / 4), (6, 1.0), (9, 1.0)])
+def test_generator_loss_by_hand(done, share):
     """content_weight content + pixel_weight pixel + the ramp's share of adversarial_weight adversarial."""
-    state = tiny_state(ramp_steps=4, adversarial_weight=0.5, content_weight=2.0, pixel_weight=3.0)
-    state.update = update
-    lr, hr = images()
+    state, (lr, hr) = tiny_state(ramp_steps=4, adversarial_weight=0.5, content_weight=2.0, pixel_weight=3.0), images()
+    state.update = done
     losses = srgan.generator_step(state, state.generator(lr), hr)
     expected = 2 * losses["content"] + 3 * losses["pixel"] + share * 0.5 * losses["adversarial"]
     torch.testing.assert_close(losses["g_loss"], expected)
     assert min(losses[name].item() for name in ("content", "pixel", "adversarial")) > 1e-3
-
-
-def test_the_discriminator_comes_first(monkeypatch, store):
-    """And the generator meets the new one; both see the images of one pass."""
-    order = []
-    for name in ("discriminator_step", "generator_step"):
-        def note(state, sr, hr, name=name, step=getattr(srgan, name)):
-            order.append((name, sr.detach().clone(), state.discriminator.layers[0][0].bias.detach().clone()))
-            return step(state, sr, hr)
-        monkeypatch.setattr(srgan, name, note)
-    srgan._one_update(tiny_state(pretrain_steps=0), store)
-    assert [each[0] for each in order] == ["discriminator_step", "generator_step"]
-    assert torch.equal(order[0][1], order[1][1]) and not torch.equal(order[0][2], order[1][2])
 
 
 # --- Moving average and schedule
@@ -161,7 +147,7 @@ def test_moving_average_by_hand():
     ema, generator = (tiny_state("report", seed=seed).generator for seed in (1, 2))
     generator.train()(torch.rand(2, 3, 8, 8))
     before, new = deepcopy(ema.state_dict()), generator.state_dict()
-    srgan.update_ema(ema, generator, 0.9)
+    srgan._update_ema(ema, generator, 0.9)
     for name, value in ema.state_dict().items():
         expected = 0.9 * before[name] + 0.1 * new[name] if value.is_floating_point() else new[name]
         torch.testing.assert_close(value, expected)
@@ -171,16 +157,15 @@ def test_moving_average_by_hand():
 def test_moving_average_of_a_run(store):
     """Update k (from 0) keeps min(ema, (1 + k) / (10 + k)) of the old: the first takes nine tenths of the new."""
     state = tiny_state(ema=0.15)
-    expected = {name: value.clone() for name, value in state.generator.state_dict().items()}
+    expected = deepcopy(dict(state.generator.state_dict()))
     for keep in (0.1, 0.15, 0.15):
-        srgan._one_update(state, store)
+        update(state, store)
         expected = {name: keep * expected[name] + (1 - keep) * value for name, value in state.generator.state_dict().items()}
-        for name, value in state.ema.state_dict().items():
-            torch.testing.assert_close(value, expected[name])
+        torch.testing.assert_close(dict(state.ema.state_dict()), expected)
     assert state.best is state.ema and not any(p.requires_grad for p in state.ema.parameters())
 
 
-def test_learning_rate_by_hand():
+def test_learning_rate_by_hand(store):
     """Each stage warms up, then falls to a hundredth along a cosine; past its planned end it stays there."""
     config = srgan.Config(learning_rate=1e-3, pretrain_learning_rate=1e-2, warmup_steps=4, pretrain_steps=100, steps=50,
                           decay_steps=50)
@@ -190,18 +175,13 @@ def test_learning_rate_by_hand():
 
     expected = {0: 1e-2 / 4, 1: cosine(1e-2, 0.01) / 2, 3: cosine(1e-2, 0.03), 50: 1e-2 * 0.505, 99: cosine(1e-2, 0.99),
                 100: 1e-3 / 4, 103: cosine(1e-3, 0.06), 125: 1e-3 * 0.505, 149: cosine(1e-3, 0.98), 150: 1e-5, 1000: 1e-5}
-    for update, value in expected.items():
-        assert srgan._learning_rate(config, update) == pytest.approx(value), update
+    assert {done: srgan._learning_rate(config, done) for done in expected} == pytest.approx(expected)
     constant = replace(config, decay="none", warmup_steps=0)
-    assert {srgan._learning_rate(constant, update) for update in (0, 50, 99)} == {1e-2}
-    assert {srgan._learning_rate(constant, update) for update in (100, 500)} == {1e-3}
-
-
-def test_the_learning_rate_reaches_the_optimiser(store):
-    state = tiny_state()
-    for update in range(5):
-        srgan._one_update(state, store)
-        assert state.g_optimizer.param_groups[0]["lr"] == pytest.approx(srgan._learning_rate(state.config, update))
+    assert [srgan._learning_rate(constant, done) for done in (0, 50, 99, 100, 500)] == [1e-2] * 3 + [1e-3] * 2
+    state = tiny_state()  # and it reaches the optimisers
+    for done in range(5):
+        update(state, store)
+        assert state.g_optimizer.param_groups[0]["lr"] == pytest.approx(srgan._learning_rate(state.config, done))
     assert state.d_optimizer.param_groups[0]["lr"] == pytest.approx(srgan._learning_rate(state.config, 4))
     assert state.g_optimizer.param_groups[0]["betas"] == (state.config.beta1, state.config.beta2)
 
@@ -209,386 +189,353 @@ def test_the_learning_rate_reaches_the_optimiser(store):
 # --- A whole run
 
 
-def test_a_run_leaves_what_it_promises(tiny_run, store):
-    rows = history(tiny_run)
+def test_a_run_leaves_what_it_promises_and_tells_how_it_goes(tiny_run, store, tmp_path):
+    events, rows = run(store, tmp_path / "r", "sharp", TINY | {"scale": 4}), history(tiny_run)
+    assert_same_run(tmp_path / "r", tiny_run)  # the same seed
+    assert [event.step for event in events] == sorted({event.step for event in events}) and events[-1].step == 6
+    assert [event.done for event in events] == [False] * (len(events) - 1) + [True] and not events[-1].stopped
+    assert {event.total for event in events} == {6} and events[-1].checkpoint.startswith("update 6, ")
+    assert {event.stage for event in events if event.step <= 3} == {"pretrain"} and not events[-1].backup
+    assert all(event.images_per_second > 0 and event.seconds_left >= 0 for event in events)
+    assert {"g_loss", "pixel"} <= events[0].losses.keys() and "d_loss" in events[-1].losses
+    samples = [event.sample.name for event in events if event.sample]
+    assert samples == sorted(path.name for path in (tiny_run / "samples").iterdir())
+    assert samples == ["update-0000003.png", "update-0000006.png"]
+    assert srgan.load_image(tiny_run / "samples" / samples[0]).std() > 0.05
     assert list(rows[0])[0] == "step" and [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["stage"] for row in rows] == ["pretrain"] * 3 + ["adversarial"] * 3
     assert all(row["d_loss"] == "" for row in rows[:3]) and all(float(row["d_loss"]) > 0 for row in rows[3:])
     assert all(float(row["g_loss"]) > 0 and float(row["pixel"]) > 0 for row in rows)
     record = json.loads((tiny_run / "config.json").read_text())
     assert record["store"] == store.fingerprint and "torch" in record["environment"]
-    expected = {"pretrain_steps": 3, "steps": 3, "decay_steps": 3, "precision": "fp32", "scale": 4}
-    assert expected.items() <= record["config"].items()
-    samples = sorted((tiny_run / "samples").iterdir())
-    assert [path.name for path in samples] == ["update-0000003.png", "update-0000006.png"]
-    strip = srgan.load_image(samples[-1])
-    assert strip.shape[-1] == 4 * 32 and strip.shape[-2] % 32 == 0 and strip.std() > 0.05
-    saved = newest(tiny_run)
-    for name, update in (("pretrained", 3), ("generator", 6)):
-        generator, config, about = srgan.load_generator(tiny_run / f"{name}.safetensors", scale=4)
-        assert about["update"] == update and about["data"]["fingerprint"] == store.fingerprint
-        assert config.hr_size == 32 and about["validation"]["images"] >= 1
-    assert differences(dict(generator.state_dict()), dict(saved["ema"])) == []  # the one to use is the moving average
+    assert {"pretrain_steps": 3, "steps": 3, "decay_steps": 3, "precision": "fp32"}.items() <= record["config"].items()
+    for name, done in (("pretrained", 3), ("generator", 6)):
+        generator, _, about = srgan.load_generator(tiny_run / f"{name}.safetensors", scale=4)
+        assert about["update"] == done and about["data"]["fingerprint"] == store.fingerprint and about["seconds"] >= 0
+    assert not changed(generator.state_dict(), newest(tiny_run)["ema"])  # the one to use is the average
 
 
-def test_progress(store, tmp_path):
-    events = run(store, tmp_path / "r", "sharp", TINY)
-    assert [event.step for event in events] == sorted({event.step for event in events}) and events[-1].step == 6
-    assert [event.done for event in events] == [False] * (len(events) - 1) + [True]
-    assert {event.total for event in events} == {6} and events[-1].saved
-    assert {event.stage for event in events if event.step <= 3} == {"pretrain"}
-    drawn = [event.sample for event in events if event.sample]
-    assert [path.name for path in drawn] == ["update-0000003.png", "update-0000006.png"] and all(path.exists() for path in drawn)
-    assert all(event.images_per_second > 0 and event.seconds_left >= 0 for event in events)
-    assert {"g_loss", "pixel"} <= events[0].losses.keys() and "d_loss" in events[-1].losses
-
-
-@pytest.mark.parametrize("preset, changes", [("sharp", TINY), ("report", REPORT | {"steps": 4, "pretrain_steps": 2})])
-def test_the_same_seed_gives_the_same_run(store, tmp_path, preset, changes):
+def test_the_same_seed_gives_the_same_run(store, tmp_path):
     """Bit for bit, whatever the caller's own random numbers; another seed another one."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(ord(name))
-        run(store, tmp_path / name, preset, changes | {"seed": seed})
+        run(store, tmp_path / name, "report", REPORT | {"steps": 4, "pretrain_steps": 2, "seed": seed})
     assert_same_run(tmp_path / "a", tmp_path / "b")
-    assert len(differences(newest(tmp_path / "a")["generator"], newest(tmp_path / "c")["generator"])) > 3
+    assert len(changed(newest(tmp_path / "a")["generator"], newest(tmp_path / "c")["generator"])) > 3
 
 
 # --- Stopped and continued
 
 
-LONG = TINY | {"pretrain_steps": 4, "steps": 5, "save_steps": 1000, "sample_steps": 1}  # reports every update, saves rarely
-
-
 @pytest.fixture(scope="module")
 def whole(store, tmp_path_factory):
     """The run that was never stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run(store, folder, "sharp", LONG)
+    run(store, folder := tmp_path_factory.mktemp("whole") / "run", "sharp", LONG)
     return folder
 
 
 def stop_by_closing(store, folder, at):
     events = srgan.train(store, folder, "sharp", LONG)
-    for progress in events:
-        if progress.step >= at:
-            break
+    while next(events).step < at:
+        pass
     events.close()
 
 
 def stop_by_leaving(store, folder, at):
-    for progress in srgan.train(store, folder, "sharp", LONG):
-        if progress.step >= at:
-            break
+    run_until(at, store, folder, LONG)
 
 
-def stop_in_the_loop(store, folder, at):
-    """Ctrl-C while the caller shows something."""
-    with pytest.raises(KeyboardInterrupt):
-        for progress in srgan.train(store, folder, "sharp", LONG):
-            if progress.step >= at:
-                signal.raise_signal(signal.SIGINT)
+def stop_by_an_error(store, folder, at):
+    with pytest.raises(ZeroDivisionError):
+        for event in srgan.train(store, folder, "sharp", LONG):
+            1 / (at - event.step)
+
+
+def stop_in_the_loop(store, folder, at, kind=signal.SIGINT):
+    """Ctrl-C, or a notebook's stop button, while the caller shows something: the next update is the last."""
+    for event in srgan.train(store, folder, "sharp", LONG):
+        if event.step == at - 1:
+            signal.raise_signal(kind)
+    assert event.done and event.stopped and event.notes[-1].startswith(f"stopped at update {at} of 9; saved")
+
+
+def stop_politely(store, folder, at):
+    """As cluster schedulers and `timeout` do."""
+    stop_in_the_loop(store, folder, at, signal.SIGTERM)
 
 
 def stop_in_an_update(store, folder, at):
     """Ctrl-C in the middle of an update: it is finished first."""
-    step, calls = srgan.update_ema, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == at:
-            signal.raise_signal(signal.SIGINT)
-        step(*args)
-
-    srgan.update_ema = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt, match=f"update {at} of 9"):
-            for _ in srgan.train(store, folder, "sharp", LONG):
-                pass
-    finally:
-        srgan.update_ema = step
+    average, calls = srgan._update_ema, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(srgan, "_update_ema", lambda *args: average(*args) or calls.append(args) or (
+            len(calls) == at and signal.raise_signal(signal.SIGINT)))
+        event = run(store, folder, "sharp", LONG)[-1]
+    assert event.stopped and event.done and event.step == len(calls) == at
 
 
 def stop_by_time(store, folder, at):
     """A deadline long past: one update, and again until there are enough."""
     for _ in range(at):
-        assert run(store, folder, "sharp", LONG, max_minutes=1e-9)[-1].done
+        event = run(store, folder, "sharp", LONG, max_minutes=1e-9)[-1]
+        assert event.done and event.stopped and "run it again to continue" in event.notes[-1]
 
 
-@pytest.mark.parametrize("stop", [stop_by_closing, stop_by_leaving, stop_in_the_loop, stop_in_an_update, stop_by_time])
-@pytest.mark.parametrize("at", [2, 4, 6])
+@pytest.mark.parametrize("stop, at", [
+    *((stop, at) for stop in (stop_by_closing, stop_in_an_update) for at in (2, 4, 6)), (stop_by_leaving, 6),
+    (stop_by_an_error, 2), (stop_in_the_loop, 4), (stop_in_the_loop, 6), (stop_politely, 2), (stop_by_time, 5)])
 def test_a_stopped_run_ends_like_one_never_stopped(store, tmp_path, whole, stop, at):
     """In pre-training, at the change of stage and after it."""
-    folder, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
-    stop(store, folder, at)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert newest(folder)["update"] == at and (folder / "generator.safetensors").exists()
-    events = run(store, folder)
-    assert any(f"continues at update {at} of 9" in note for note in events[0].notes)
-    assert events[-1].step == 9
-    assert_same_run(folder, whole)
+    handlers = [signal.getsignal(kind) for kind in SIGNALS]
+    stop(store, tmp_path / "r", at)
+    assert [signal.getsignal(kind) for kind in SIGNALS] == handlers
+    assert newest(tmp_path / "r")["update"] == at and (tmp_path / "r" / "generator.safetensors").exists()
+    events = run(store, tmp_path / "r")
+    assert events[0].notes == [f"continues at update {at} of 9"] and events[-1].step == 9
+    assert_same_run(tmp_path / "r", whole)
 
 
-def test_a_run_of_before_a_field_was_there_continues(store, tmp_path):
-    """With that field's default; another value would make it another run."""
-    changes = LONG | {"pretrain_steps": 2, "steps": 2, "upsampling": "shuffle"}
-    stop_by = iter(srgan.train(store, tmp_path / "run", "sharp", changes))
-    next(stop_by)
-    stop_by.close()
-    record = json.loads((tmp_path / "run" / "config.json").read_text())
-    saved = newest(tmp_path / "run")
-    for config in (record["config"], saved["config"]):
-        del config["upsampling"], config["compile"]
-    del record["sha256"], saved["format"]
-    (tmp_path / "run" / "config.json").write_bytes(srgan._sealed(record))
-    srgan.save_checkpoint(tmp_path / "run" / "ckpt", saved)
-    with pytest.raises(ValueError, match="started with upsampling=shuffle, not blur"):
-        next(srgan.train(store, tmp_path / "run", None, {"upsampling": "blur"}))
-    assert run(store, tmp_path / "run")[-1].step == 4
+def test_a_second_interrupt_does_not_wait_and_what_was_saved_is_whole(store, tmp_path, whole, monkeypatch):
+    stop_by_closing(store, tmp_path / "r", 3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(srgan, "_update_ema", lambda *_: [signal.raise_signal(signal.SIGINT) for _ in "12"])
+        run(store, tmp_path / "r")
+    assert newest(tmp_path / "r")["update"] == 3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(store, tmp_path / "r")
+    assert_same_run(tmp_path / "r", whole)
 
 
 def test_batch_norm_goes_on_learning_after_the_change_of_stage(store, tmp_path):
-    """Without a moving average, what is measured then is the network that is trained."""
+    """Without a moving average, what is drawn then is the network that is trained."""
     changes = LONG | {"ema": 0.0, "batch_norm": 0.1}
     run(store, tmp_path / "whole", "sharp", changes)
-    for progress in srgan.train(store, tmp_path / "cut", "sharp", changes):
-        if progress.step == 4:
-            break
+    run_until(4, store, tmp_path / "cut", changes)
     run(store, tmp_path / "cut")
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
-    counted = newest(tmp_path / "whole")["generator"]["merge.1.num_batches_tracked"]
-    assert counted == 9
+    assert newest(tmp_path / "whole")["generator"]["merge.1.num_batches_tracked"] == 9
 
 
 def test_a_run_that_died_ends_like_one_that_did_not(store, tmp_path, whole):
     """The power fails after updates that no checkpoint holds: history has no step twice."""
-    folder, dead = tmp_path / "run", tmp_path / "dead"
-    stop_by_closing(store, folder, 3)
-    ckpt = {path.name: path.read_bytes() for path in (folder / "ckpt").iterdir()}
-    stop_by_closing(store, folder, 7)
-    folder.rename(dead)
-    for path in (dead / "ckpt").iterdir():
-        path.unlink()
-    for name, data in ckpt.items():
-        (dead / "ckpt" / name).write_bytes(data)
-    run(store, dead)
-    assert_same_run(dead, whole)
+    stop_by_closing(store, tmp_path / "r", 3)
+    shutil.copytree(tmp_path / "r" / "ckpt", tmp_path / "ckpt")
+    stop_by_closing(store, tmp_path / "r", 7)
+    shutil.rmtree(tmp_path / "r" / "ckpt")
+    (tmp_path / "ckpt").rename(tmp_path / "r" / "ckpt")
+    run(store, tmp_path / "r")
+    assert_same_run(tmp_path / "r", whole)
 
 
-def test_checkpoints_come_every_so_often(store, tmp_path):
-    saved = [event.step for event in run(store, tmp_path / "r", "sharp", TINY | {"save_steps": 2, "steps": 5}) if event.saved]
-    assert saved == [2, 3, 4, 6, 8]  # every second, at the change of stage, at the end
-    saved = [event.step for event in run(store, tmp_path / "m", "sharp", LONG | {"sample_steps": 1000, "save_minutes": 0.01})
-             if event.saved]
-    assert {4, 9} <= set(saved)
+@pytest.mark.parametrize("changes, expected", [({"save_steps": 2}, [2, 3, 4, 6, 8]), ({"save_minutes": 0.01}, [3, 8])])
+def test_checkpoints_come_every_so_often(store, tmp_path, changes, expected):
+    """Every second update, at the change of stage, at the end; or by the clock too."""
+    seen, is_by_clock = [], "save_minutes" in changes
+    for event in srgan.train(store, tmp_path / "r", "sharp", LONG | {"pretrain_steps": 3} | changes):
+        seen.append(event.checkpoint.split(",")[0])
+        time.sleep(0.25 * is_by_clock)
+    found = [int(each.removeprefix("update ")) for each in dict.fromkeys(seen) if each != "none yet"]
+    assert set(expected) < set(found) if is_by_clock else found == expected
 
 
-def test_a_finished_run_is_done_at_once(store, tiny_run):
-    before = newest(tiny_run), history(tiny_run)
-    events = run(store, tiny_run)
-    assert [(event.step, event.done) for event in events] == [(6, True)]
-    assert differences(newest(tiny_run), before[0]) == [] and history(tiny_run) == before[1]
-
-
-def test_raising_steps_continues_at_the_final_learning_rate(store, tmp_path):
-    run(store, tmp_path / "r", "sharp", TINY)
-    first = history(tmp_path / "r")
+def test_raising_steps_continues_at_the_final_learning_rate(store, tmp_path, tiny_run):
+    """And halfway, they give what they give without a stop. A finished run is done at once."""
+    shutil.copytree(tiny_run, tmp_path / "r")
+    before = history(tmp_path / "r")
+    assert [(event.step, event.done, event.stopped) for event in run(store, tmp_path / "r")] == [(6, True, False)]
+    assert_same_run(tmp_path / "r", tiny_run)
     assert run(store, tmp_path / "r", changes={"steps": 6})[-1].step == 9
     rows = history(tmp_path / "r")
-    assert rows[:6] == first and [int(row["step"]) for row in rows] == list(range(1, 10))
+    assert rows[:6] == before and [int(row["step"]) for row in rows] == list(range(1, 10))
     assert [float(row["learning_rate"]) for row in rows[6:]] == pytest.approx([1e-6] * 3, rel=1e-3)
     assert recorded(tmp_path / "r")["steps"] == 6 and recorded(tmp_path / "r")["decay_steps"] == 3
+    for name, stops in (("straight", [4]), ("stopped", [4, 5, 7, 10])):
+        for stop in stops:
+            run_until(stop, store, tmp_path / name, TINY | {"sample_steps": 1} | ({"steps": 8} if stop > 4 else {}))
+        run(store, tmp_path / name, None, {"steps": 8})
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("changes, old, new", [
-    ({"scale": 8}, "scale=4", "8"), ({"seed": 9}, "seed=0", "9"), ({"batch_size": 3}, "batch_size=2", "3"),
-    ({"learning_rate": 2e-4}, "learning_rate=0.0001", "0.0002"), ({"pretrain_steps": 4}, "pretrain_steps=3", "4"),
-    ({"content": "pixel"}, "content=features", "pixel"), ({"decay_steps": 99}, "decay_steps=3", "99"),
-])
-def test_another_value_is_another_run(store, tiny_run, changes, old, new):
-    """Refused with the field and both values, and nothing is touched."""
-    before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=rf"{old}, not {new}\b"):
-        run(store, tiny_run, changes=changes)
-    with pytest.raises(ValueError, match="preset_name=sharp, not demo"):
-        run(store, tiny_run, "demo")
-    assert {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()} == before
+# --- Another run, and broken ones
 
 
-def test_the_same_values_are_the_same_run(store, tiny_run):
+def test_another_value_is_another_run(store, tiny_run):
+    """Refused with the field and both values, and nothing is touched; the same values are the same run."""
+    before = contents(tiny_run)
+    for field, old, new in (
+            ("scale", 4, 8), ("seed", 0, 9), ("batch_size", 2, 3), ("learning_rate", 0.0001, 0.0002), ("pretrain_steps", 3, 4),
+            ("content", "features", "pixel"), ("decay_steps", 3, 99), ("decay_steps", 3, 2), ("preset_name", "sharp", "demo")):
+        with pytest.raises(ValueError, match=rf"{field}={old}, not {new}\b"):
+            run(store, tiny_run, *([new] if field == "preset_name" else [None, {field: new}]))
+    assert contents(tiny_run) == before
     assert run(store, tiny_run, "sharp", TINY | {"scale": 4, "save_steps": 7, "sample_steps": 9})[-1].done
 
 
-def test_another_store_is_refused(store, tiny_run, tmp_path):
-    other = srgan.prepare("synthetic", tmp_path / "store", limit=17)
+def test_no_run_starts_on_other_faces_or_on_top_of_lost_checkpoints(store, tmp_path, tiny_run):
+    shutil.copytree(tiny_run, folder := tmp_path / "r")
+    run(store, folder)
+    config = (folder / "config.json").read_bytes()
     with pytest.raises(ValueError, match="other faces"):
-        run(other, tiny_run)
-
-
-def test_no_run_starts_on_top_of_lost_checkpoints(store, tmp_path):
-    folder, names = tmp_path / "r", []
-    run(store, folder, "sharp", TINY)
+        run(srgan.prepare("synthetic", tmp_path / "store", limit=17), folder)
+    for broken in (b"", b"{", config.replace(b'"seed": 0', b'"seed": 5')):  # it is taken from the checkpoint
+        (folder / "config.json").write_bytes(broken)
+        with pytest.raises(ValueError, match="seed=0, not 1"):
+            run(store, folder, changes={"seed": 1})
+        assert run(store, folder)[-1].step == 6 and (folder / "config.json").read_bytes() == config
+    for other in ({"generator": {}}, {"discriminator": None}, {"g_optimizer": {}}, {"ema": [1]}):
+        path = srgan.save_checkpoint(folder / "ckpt", newest(folder) | {"update": 7} | other)
+        with pytest.raises(ValueError, match="00007.pt does not hold the networks of this run") as caught:
+            run(store, folder, changes={"steps": 9})
+        assert str(caught.value).isprintable()
+        path.unlink()
     for path in (folder / "ckpt").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
-        names.append(path.name)
-    with pytest.raises(ValueError) as caught:
-        run(store, folder)
-    assert len(names) == 2 and all(name in str(caught.value) for name in names)
-    (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="verifies"):
-        run(store, folder, "sharp", TINY)
+    for _ in range(2):  # also when nothing else is left
+        with pytest.raises(ValueError, match="no checkpoint verifies.*update-00000006.pt"):
+            run(store, folder, "sharp", TINY)
+        (folder / "config.json").unlink(missing_ok=True)
 
 
-def test_a_config_that_is_gone_is_taken_from_the_checkpoint(store, tmp_path):
-    """And a damaged one is named, with what to do."""
-    run(store, tmp_path / "r", "sharp", TINY)
-    path = tmp_path / "r" / "config.json"
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b'"steps": 3', b'"steps": 4'))
-    with pytest.raises(ValueError, match=r"config\.json is damaged .*: delete this file, and the run continues"):
-        run(store, tmp_path / "r")
-    path.unlink()
-    with pytest.raises(ValueError, match="seed=0, not 1"):
-        run(store, tmp_path / "r", changes={"seed": 1})
-    assert run(store, tmp_path / "r")[-1].step == 6 and path.read_bytes() == whole
-
-
-# --- Broken numbers
-
-
-@pytest.mark.parametrize("name, at", [("pretrain_step", 3), ("discriminator_step", 6), ("generator_step", 5)])
-def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path, monkeypatch, name, at):
-    """With the update, the loss and the last good checkpoint; which then is there, and good."""
-    step, calls = getattr(srgan, name), []
-
-    def broken(state, *args):
-        losses = step(state, *args)
-        calls.append(state.update)
-        if state.update + 1 == at:
-            losses[list(losses)[0]] = torch.tensor(math.inf)
-        return losses
-
-    monkeypatch.setattr(srgan, name, broken)
-    changes = TINY | {"save_steps": 2, "pretrain_steps": 4, "steps": 4}
-    loss = "d_loss" if name == "discriminator_step" else "g_loss"
-    last = {3: 2, 6: 4, 5: 4}[at]
-    with pytest.raises(FloatingPointError, match=rf"update {at}: {loss} is inf.* update {last} in .*ckpt"):
-        run(store, tmp_path / "r", "sharp", changes)
-    assert at - 1 in calls and newest(tmp_path / "r")["update"] == last
+@pytest.mark.parametrize("name, loss, at", [("pretrain_step", "g_loss", 3), ("discriminator_step", "d_loss", 6),
+                                            ("generator_step", "g_loss", 5)])
+def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path, monkeypatch, name, loss, at):
+    """With the update and the loss; the last good checkpoint is there, and good."""
+    step = getattr(srgan, name)
+    monkeypatch.setattr(srgan, name, lambda state, *args: step(state, *args) | (
+        {loss: torch.tensor(math.inf)} if state.update + 1 == at else {}))
+    with pytest.raises(FloatingPointError, match=rf"update {at}\b.*{loss} is not finite"):
+        run(store, tmp_path / "r", "sharp", LONG | {"save_steps": 2})
+    assert newest(tmp_path / "r")["update"] == (at - 1) // 2 * 2
     assert [int(row["step"]) for row in history(tmp_path / "r")] == list(range(1, at))
-    monkeypatch.undo()
-    assert run(store, tmp_path / "r")[-1].step == 8
-    assert [int(row["step"]) for row in history(tmp_path / "r")] == list(range(1, 9))
-
-
-# --- Length, name, precision
-
-
-def test_for_minutes_sets_a_length_once(store, tmp_path):
-    """In proportion to the preset's stages; from then on it is data."""
-    changes = TINY | {"pretrain_steps": 200, "steps": 100}
-    events = srgan.train(store, tmp_path / "r", "sharp", changes, for_minutes=0.02)
-    next(events)
-    events.close()
-    found = recorded(tmp_path / "r")
-    assert found["pretrain_steps"] >= 1 and found["steps"] >= 1 and found["decay_steps"] == found["steps"]
-    assert abs(found["pretrain_steps"] - 2 * found["steps"]) <= 2
-    notes = run(store, tmp_path / "r", for_minutes=5, max_minutes=1e-9)[0].notes
-    assert any("keeps its own length" in note for note in notes)
-    assert {name: recorded(tmp_path / "r")[name] for name in ("pretrain_steps", "steps")} == {
-        name: found[name] for name in ("pretrain_steps", "steps")}
-
-
-def test_for_minutes_follows_the_time_an_update_takes(store, monkeypatch):
-    """A clock by hand: 1 s for an update of pre-training, 3 s for an adversarial one."""
-    clock = [0.0]
-
-    def update(state, store):
-        clock[0] += 1 if state.update < state.config.pretrain_steps else 3
-        state.update += 1
-        return {"loss": torch.tensor(0.0)}
-
-    monkeypatch.setattr(srgan, "_one_update", update)
-    monkeypatch.setattr(srgan.time, "perf_counter", lambda: clock[0])
-    config = srgan.Config.preset("sharp", **(TINY | {"pretrain_steps": 400, "steps": 200})).for_faces(8)
-    fitted = srgan._fit_to_minutes(config, store, CPU, 50)
-    assert 0.9 * 3000 <= fitted.pretrain_steps + 3 * fitted.steps <= 3000  # nearly all of 50 min, and no more
-    assert abs(fitted.pretrain_steps - 2 * fitted.steps) <= 2 and fitted.decay_steps == fitted.steps
-    alone = srgan._fit_to_minutes(replace(config, steps=0, decay_steps=0), store, CPU, 50)
-    assert alone.steps == 0 and 0.9 * 3000 <= alone.pretrain_steps <= 3000
-
-
-def test_epochs_become_updates(store, tmp_path):
-    """3 epochs of 34 faces in batches of 8: ceil(12.75)."""
-    events = srgan.train(store, tmp_path / "r", "report", REPORT | {"batch_size": 8}, max_minutes=1e-9)
-    next(events)
-    assert recorded(tmp_path / "r")["steps"] == 13 and recorded(tmp_path / "r")["pretrain_steps"] == 0
+    monkeypatch.setattr(srgan, name, step)
+    assert run(store, tmp_path / "r")[-1].step == 9
+    assert [int(row["step"]) for row in history(tmp_path / "r")] == list(range(1, 10))
 
 
 def test_run_name(store):
     """Another field, another name; a longer run keeps its own."""
     name = srgan.run_name(srgan.Config(), store)
-    assert name.startswith("sharp-x4-")
     for free in ({"steps": 99}, {"save_steps": 7}, {"precision": "fp32"}):
-        assert srgan.run_name(srgan.Config(**free), store) == name
+        assert srgan.run_name(srgan.Config(**free), store) == name and name.startswith("sharp-x4-")
     others = [{"scale": 8}, {"seed": 1}, {"content": "pixel"}, {"learning_rate": 2e-4}, {"pretrain_steps": 5}]
     configs = [srgan.Config(**other) for other in others] + [srgan.Config.preset("demo")]
-    names = [srgan.run_name(config, store) for config in configs]
-    assert len({name, *names}) == 7
+    assert len({name, *(srgan.run_name(config, store) for config in configs)}) == 7
 
 
-@pytest.mark.parametrize("asked, capability, expected", [
-    ("auto", (7, 5), "fp16"), ("auto", (8, 0), "bf16"), ("auto", (9, 0), "bf16"), ("auto", (6, 1), "fp16"),
-    ("bf16", (7, 5), "fp16"), ("bf16", (8, 9), "bf16"), ("fp16", (7, 5), "fp16"), ("fp16", (8, 0), "fp16"),
-    ("fp32", (7, 5), "fp32"), ("fp32", (9, 0), "fp32"),
-])
-def test_precision_on_a_gpu(monkeypatch, asked, capability, expected):
-    """A T4 (7.5) only emulates bf16, whatever `is_bf16_supported` says."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kw: True)
-    assert srgan.resolve_precision(asked, torch.device("cuda")) == expected
+# --- Length: by minutes, made longer, forecast
 
 
-@pytest.mark.parametrize("asked, native, expected", [
-    ("auto", True, "bf16"), ("auto", False, "fp32"), ("fp16", True, "bf16"), ("fp16", False, "fp32"),
-    ("fp32", True, "fp32"), ("bf16", True, "bf16"), ("bf16", False, "fp32"),
-])
-def test_precision_on_a_cpu(monkeypatch, asked, native, expected):
+@pytest.fixture
+def paced(monkeypatch):
+    """A clock by hand: 1 s for an update of pre-training, 3 s for an adversarial one."""
+    clock, one_update = [0.0], srgan._one_update
+
+    def timed(state, *pair):
+        clock[0] += 1 if state.update < state.config.pretrain_steps else 3
+        return one_update(state, *pair)
+
+    monkeypatch.setattr(srgan, "_one_update", timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+
+@pytest.mark.parametrize("steps", [200, 0])
+def test_for_minutes_sets_a_length_once(store, tmp_path, paced, steps):
+    """In proportion to the preset's stages: nearly all of 50 minutes, and no more. From then on it is data."""
+    changes = TINY | {"pretrain_steps": 400, "steps": steps}
+    told = srgan.forecast(store, tmp_path / "r", "sharp", changes, for_minutes=50)
+    assert "starts a new run" in told and "50 min" in told and not (tmp_path / "r").exists()
+    run_until(1, store, tmp_path / "r", changes, for_minutes=50)
+    found = recorded(tmp_path / "r")
+    assert 0.9 * 3000 <= found["pretrain_steps"] + 3 * found["steps"] <= 3000 and found["decay_steps"] == found["steps"]
+    assert abs(found["pretrain_steps"] - 2 * found["steps"]) <= 2 if steps else found["steps"] == 0
+    notes = run(store, tmp_path / "r", for_minutes=5, max_minutes=1e-9)[0].notes
+    assert any("keeps its own length" in note for note in notes) and recorded(tmp_path / "r") == found
+
+
+def test_the_forecast_adds_up_and_warns(store, tmp_path, tiny_run, paced, monkeypatch):
+    """For a new run, one that time cuts, one that a fresh machine continues, one that is finished."""
+    r, b, changes = tmp_path / "r", tmp_path / "b", TINY | {"pretrain_steps": 300, "steps": 100}
+
+    def told(changes=changes, preset="sharp", **options):
+        return srgan.forecast(store, r, preset, changes, **options)
+
+    assert all(word in told() for word in ("starts a new run", "400 updates", "about 10 min on this"))
+    assert "WARNING" not in told() + told(TINY, max_minutes=0.3) and not r.exists()  # 12 s
+    assert "WARNING: 5 min do not suffice" in told(max_minutes=5) and "about 50 %" in told(max_minutes=5.2)
+    changes = TINY | {"steps": 103}
+    run_until(3, store, r, changes, backup=b)
+    shutil.rmtree(r)
+    assert all(word in told(changes, backup=b) for word in ("continues at update 3", "106", "about 5.4 min"))  # 103 of 3 s
+    with pytest.raises(ValueError, match="scale=4, not 8"):
+        told({"scale": 8}, backup=b)
+    assert srgan.forecast(store, tiny_run) == "finished: all 6 updates are done; more minutes, or more steps, train on"
+    # Adam keeps two moments of each of the report's weights, 138.9 million of them in the discriminator alone
+    size = (tiny_run / "ckpt" / "update-00000006.pt").stat().st_size
+    for preset, given, expected in (("sharp", changes, size), ("report", {"content": "pixel"}, 12 * 139.8e6)):
+        megabytes = told(given, preset, for_minutes=9).split("checkpoints of ")[1].split(" MB")[0].replace(",", "")
+        assert float(megabytes) * 1e6 == pytest.approx(expected, rel=0.05)
+    monkeypatch.setattr(srgan, "in_colab", lambda: True)
+    hours = TINY | {"pretrain_steps": 0, "steps": 14_401}  # 12 h and 3 s
+    assert "12 h at most: without Drive all is lost" in told(hours)
+    assert "12 h at most: run it again then" in told(hours, backup=tmp_path / "c")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert told(TINY, backup=tmp_path / "c").count("free and needs") == 2  # here, and the backup's
+
+
+def test_a_finished_run_can_be_made_longer_by_minutes(store, tiny_run, tmp_path, paced):
+    """Only when it is finished: a cut in between does not lengthen it again. Its learning rate rises, and falls anew."""
+    shutil.copytree(tiny_run, r := tmp_path / "r")
+    changes = srgan.longer(store, r, 0.2)
+    assert changes == {"steps": 3 + 4, "decay_steps": 3 + 4} and srgan.longer(store, tmp_path / "new", 1) == {}  # 12 s of 3 s
+    run_until(7, store, r, {"scale": 4} | changes)
+    assert srgan.longer(store, r, 0.2) == changes and run(store, r, "sharp", {"scale": 4})[-1].step == 10
+    assert srgan.longer(store, r, 0.2)["steps"] == 3 + 8
+    rates = [float(row["learning_rate"]) for row in history(r)][3:]  # of the adversarial updates
+    assert rates[2] < rates[3] and rates[3:] == sorted(rates[3:], reverse=True)
+
+
+# --- Precision
+
+
+def test_precision_follows_the_device(monkeypatch):
+    """A T4 (7.5) only emulates bf16, whatever `is_bf16_supported` says; a CPU may have it."""
+    gpu, capability, native = torch.device("cuda"), [], []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[-1])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     for unit in ("avx512_bf16", "amx_tile"):
-        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native, raising=False)
-    assert srgan.resolve_precision(asked, CPU) == expected
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native[-1], raising=False)
+    for asked, of, expected in (
+            ("auto", (7, 5), "fp16"), ("auto", (8, 0), "bf16"), ("auto", (9, 0), "bf16"), ("auto", (6, 1), "fp16"),
+            ("bf16", (7, 5), "fp16"), ("bf16", (8, 9), "bf16"), ("fp16", (7, 5), "fp16"), ("fp16", (8, 0), "fp16"),
+            ("fp32", (7, 5), "fp32"), ("fp32", (9, 0), "fp32")):
+        capability.append(of)
+        assert srgan._resolve_precision(asked, gpu) == expected, (asked, of)
+    for asked, of, expected in (
+            ("auto", True, "bf16"), ("auto", False, "fp32"), ("fp16", True, "bf16"), ("fp16", False, "fp32"),
+            ("fp32", True, "fp32"), ("bf16", True, "bf16"), ("bf16", False, "fp32")):
+        native.append(of)
+        assert srgan._resolve_precision(asked, CPU) == expected, (asked, of)
 
 
-def test_precision_is_resolved_once(store, tmp_path, monkeypatch):
-    """Recorded and kept; where the device lacks it, the change is announced and recorded."""
-    monkeypatch.setattr(srgan, "resolve_precision", lambda precision, device: "bf16" if precision == "auto" else precision)
-    run(store, tmp_path / "r", "sharp", TINY | {"precision": "auto", "pretrain_steps": 1, "steps": 1})
-    assert recorded(tmp_path / "r")["precision"] == "bf16"
-    events = run(store, tmp_path / "r", changes={"steps": 2})
-    assert recorded(tmp_path / "r")["precision"] == "bf16" and not any("precision" in note for note in events[0].notes)
-    monkeypatch.setattr(srgan, "resolve_precision", lambda precision, device: "fp32")
-    events = run(store, tmp_path / "r", changes={"steps": 3})
-    assert any("precision changes from bf16 to fp32" in note for note in events[0].notes)
-    assert recorded(tmp_path / "r")["precision"] == "fp32" and events[-1].step == 4
-
-
-@pytest.mark.parametrize("before, after", [("bf16", "fp16"), ("fp16", "fp32")])
-def test_a_run_moves_to_a_device_of_another_precision(store, tmp_path, monkeypatch, before, after):
+@pytest.mark.parametrize("before, after", [("bf16", "bf16"), ("bf16", "fp16"), ("fp16", "fp32")])
+def test_precision_is_resolved_once_and_changes_only_with_the_device(store, tmp_path, monkeypatch, before, after):
     """As from an A100 to a T4, whose loss scaler then starts anew; and back."""
-    for precision, changes in ((before, TINY | {"steps": 1, "pretrain_steps": 1}), (after, {"steps": 2})):
-        monkeypatch.setattr(srgan, "resolve_precision", lambda *args, precision=precision: precision)
-        events = run(store, tmp_path / "r", "sharp" if precision == before else None, changes)
-    assert events[-1].step == 3 and recorded(tmp_path / "r")["precision"] == after
+    asked = []
+    for precision, changes in ((before, TINY | {"steps": 1, "pretrain_steps": 1, "precision": "auto"}), (after, {"steps": 2})):
+        monkeypatch.setattr(srgan, "_resolve_precision", lambda asks, _, precision=precision: asked.append(asks) or precision)
+        event = run(store, tmp_path / "r", None, changes)[-1]
+        assert recorded(tmp_path / "r")["precision"] == precision
+    assert event.step == 3 and asked[0] == "auto" and asked[-1] == before
 
 
 @pytest.mark.parametrize("changes", [{}, {"content": "vgg", "vgg": "random"}, {"adversarial": "bce"}])
-def test_bf16_runs_on_a_cpu(store, tmp_path, changes):
+def test_bf16_runs_on_a_cpu(store, tmp_path, monkeypatch, changes):
     """Networks in bf16, weights, images and losses in fp32."""
-    run(store, tmp_path / "r", "sharp", TINY | {"precision": "bf16"} | changes)
-    saved = newest(tmp_path / "r")
-    assert {value.dtype for value in saved["generator"].values()} == {torch.float32}
+    monkeypatch.setattr(srgan, "_resolve_precision", lambda *_: "bf16")
+    run(store, tmp_path / "r", "sharp", TINY | changes)
+    assert {value.dtype for value in newest(tmp_path / "r")["generator"].values()} == {torch.float32}
     assert all(math.isfinite(float(row["g_loss"])) for row in history(tmp_path / "r"))
-    state = tiny_state(precision="bf16", pretrain_steps=0, **changes)
-    lr, hr = images()
+    state, (lr, hr) = tiny_state(precision="bf16", pretrain_steps=0, **changes), images()
     with state.autocast():
         sr = state.generator(lr)
         assert state.generator.merge(state.generator.head(lr)).dtype == torch.bfloat16
@@ -596,70 +543,22 @@ def test_bf16_runs_on_a_cpu(store, tmp_path, changes):
     assert sr.dtype == torch.float32 and {loss.dtype for loss in losses.values()} == {torch.float32}
 
 
-# --- torch.compile
-
-
-def test_compiled_updates_give_the_same_weights(store, tmp_path, monkeypatch):
-    """Traced and differentiated as for a GPU, but run without its kernels, which take a compiler."""
-    compile_, seen = torch.compile, []
-
-    def traced(network):
-        seen.append(type(network).__name__)
-        return compile_(network, backend="aot_eager")
-
-    monkeypatch.setattr(torch, "compile", traced)
-    weights = {}
-    for compiled in (False, True):
-        events = list(srgan.train(store, tmp_path / str(compiled), None, TINY | {"compile": compiled}))
-        assert events[-1].step == 6
-        weights[compiled] = srgan.load_generator(tmp_path / str(compiled) / "generator.safetensors")[0].state_dict()
-    assert seen == ["Generator", "Discriminator"]
-    for name, value in weights[True].items():
-        torch.testing.assert_close(value, weights[False][name], rtol=0, atol=1e-5)
-
-
-def test_when_compiling_pays(store, tmp_path):
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    long, short = (srgan.Config(pretrain_steps=steps, steps=10_000) for steps in (10_000, 9_999))
-    assert srgan._compile_pays(long, gpu) and not srgan._compile_pays(short, gpu) and not srgan._compile_pays(long, cpu)
-    next(srgan.train(store, tmp_path, None, TINY))
-    assert json.loads((tmp_path / "config.json").read_text())["config"]["compile"] is False  # decided, and recorded
-
-
 # --- The report, reproduced
-
-
-@pytest.mark.parametrize("faces, epochs, stages", [
-    (20_000, 3.0, {"10 batches": 10, "epoch 1": 2_500, "epoch 2": 5_000, "epoch 3": 7_500}),
-    (100, 1.5, {"10 batches": 10, "epoch 1": 13, "19 batches": 19}),
-    (40, 2.0, {"epoch 1": 5, "epoch 2": 10}),
-])
-def test_when_the_report_looks_at_its_faces(faces, epochs, stages):
-    assert srgan._report_stages(srgan.Config.preset("report", epochs=epochs), faces) == stages
 
 
 def test_the_report_is_reproduced_and_goes_on_where_it_was_stopped(store, tmp_path):
     changes = {"scale": 2, "hr_size": 48, "channels": 4, "residual_blocks": 1, "content": "pixel", "batch_size": 17,
                "epochs": 1.0}
-    events = srgan.reproduce_report(store, tmp_path, changes)
-    next(events)
-    events.close()
-    assert not (tmp_path / "stages.json").exists()
-    steps = [event.step for event in srgan.reproduce_report(store, tmp_path, changes)]
-    assert steps[0] == 2 and not (tmp_path / "report-000004.safetensors").exists()  # 34 faces in two batches
-    first = (tmp_path / "report-000002.safetensors").read_bytes()
-    for _ in srgan.reproduce_report(store, tmp_path, changes | {"epochs": 2.0}):
-        pass
-    found = json.loads((tmp_path / "stages.json").read_text())
-    assert [(each["stage"], each["update"]) for each in found["stages"][:2]] == [("report, epoch 1", 2), ("report, epoch 2", 4)]
-    assert (tmp_path / "report-000002.safetensors").read_bytes() == first
-    assert "content=pixel" in found["note"] and (tmp_path / "stages.png").exists()
-    generator, config, _ = srgan.load_generator(tmp_path / "report-000004.safetensors")
+    next(srgan.reproduce_report(store, tmp_path, changes, looks=(1, 9)))
+    assert not (tmp_path / "stages.txt").exists()
+    steps = [event.step for event in srgan.reproduce_report(store, tmp_path, changes, looks=(1, 9))]
+    assert 2 in steps  # 34 faces in two batches
+    assert sorted(path.name for path in tmp_path.glob("report-*")) == ["report-000001.safetensors", "report-000002.safetensors"]
+    generator, config, _ = srgan.load_generator(tmp_path / "report-000002.safetensors")
     rows = srgan.evaluate(generator, config, store, store.indices("test"))
-    assert found["stages"][1]["srgan"] == srgan.summarise(rows, config, "test")["srgan"]
-    sharp = srgan.load_generator(tmp_path / "sharp-000004" / "generator.safetensors")[1]
+    table, told = srgan.results_table(srgan.summarise(rows, config, "test")), (tmp_path / "stages.txt").read_text()
+    assert table in told and "report, 1 updates" in told and "sharp, " in told and (tmp_path / "stages.png").exists()
+    sharp = srgan.load_generator(tmp_path / "sharp-000002" / "generator.safetensors")[1]
     assert (sharp.preset_name, sharp.scale, sharp.crop, sharp.hr_size) == ("sharp", 2, 144, 48)  # the report's view
-    table = srgan.stages_table(tmp_path).splitlines()
-    assert "144 -> 48 px" in table[0] and f"{found['stages'][1]['srgan']['psnr_rgb']:.2f}" in table[4]
     with pytest.raises(ValueError, match="started with channels=4, not 8"):
-        list(srgan.reproduce_report(store, tmp_path, changes | {"epochs": 2.0, "channels": 8}))
+        list(srgan.reproduce_report(store, tmp_path, changes | {"channels": 8, "epochs": 2.0}))
