@@ -1475,7 +1475,8 @@ def _square(source: _Source, name: str):
     if short != _SIDE:
         image = image.resize((width, height), resample=3)  # bicubic
     left, top = (width - _SIDE) // 2, (height - _SIDE) // 2
-    return np.asarray(image.crop((left, top, left + _SIDE, top + _SIDE))), "", short < _SIDE
+    square = np.asarray(image)[top:top + _SIDE, left:left + _SIDE]
+    return square, "", short < _SIDE
 
 
 class FaceStore:

@@ -70,6 +70,7 @@ def test_the_nearest_valid_number_that_a_refusal_names_is_valid(field, value):
         srgan.Config(**{field: value})
     nearest = float(re.search(r"the nearest valid: (\S+)$", str(caught.value))[1])
     assert getattr(srgan.Config(**{"hr_size": 64, "patch_size": None} | {field: nearest}), field) == nearest
+    assert (nearest > getattr(srgan.Config(), field)) == (float(value) > getattr(srgan.Config(), field))  # on the same side
 
 
 @pytest.mark.parametrize("field, value, wanted", [
@@ -98,8 +99,7 @@ def test_a_bad_hr_size_is_answered_with_the_nearest_good_one(discriminator, grid
     def make(size):
         return srgan.Config(scale=scale, hr_size=size, patch_size=None, discriminator=discriminator)
 
-    needed = max(scale, grid)  # both are powers of two
-    if hr_size % needed == 0:
+    if hr_size % (needed := max(scale, grid)) == 0:  # both are powers of two
         assert make(hr_size).hr_size == hr_size
         return
     with pytest.raises(ValueError, match=f"hr_size={hr_size} is not a multiple of {needed} ") as caught:

@@ -112,7 +112,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason_and_not_inflated_and_de
         (b"a text", (), "not an image"), (b"", (), "not an image"), (good[:2000], (), "truncated"),
         (encoded(0, 63, 200), (), "63 x 200"), (encoded(0, 900, 100), (), "narrow"), (good, (8, "<H", 0x801), "encrypted"),
         (good, (16, "<I", 1), "CRC"), (good, (24, "<I", 0xFFFFFFF0), "absurdly large"), (good, (24, "<I", 90), ""),
-        (good, (42, "<I", 9), "header"), (good, (10, "<H", 99), "compression"),
+        (good, (42, "<I", 10**6), "header"), (good, (10, "<H", 99), "compression"),
         (bomb, (10, "<H8xII", zipfile.ZIP_DEFLATED, len(bomb), 9_000), "")]  # says 9,000 bytes and holds 100 MB
     odd, strange = encoded(kind="JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 40), "b\x1b[2J\n\u202e\x9b1m.png"
     tracemalloc.start()

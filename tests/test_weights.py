@@ -42,8 +42,7 @@ def test_they_enlarge_drawn_faces_better_than_bicubic_and_are_sharper_without_a_
     lr, hr = srgan.make_pair(faces, srgan.Config(scale=scale))
     images = [srgan.quantise(srgan.bicubic(lr, 176))]
     for ending in ("-pixel", ""):
-        generator = srgan.load_generator(shipped(scale, ending))[0]
-        images.append(srgan.quantise(generator(lr)))
+        images.append(srgan.quantise((generator := srgan.load_generator(shipped(scale, ending))[0])(lr)))
         assert flat_field(generator, faces.float().mean((2, 3)) / 255).max() < 1
     plain, parent, final = (srgan.psnr(each[..., edge, edge], hr[..., edge, edge]).mean() for each in images)
     least = {2: (1.4, 1.1), 4: (0.9, 0.4), 8: (0.7, 0.4)}[scale]
@@ -61,7 +60,8 @@ def test_a_mixture_mixes_every_weight_and_is_refused_where_the_parent_does_not_f
         states.append(generator.state_dict())
     for amount in (0, 0.25, 1):
         for name, value in srgan.load_generator(path, 2, amount)[0].state_dict().items():
-            torch.testing.assert_close(value.double(), (1 - amount) * states[0][name].double() + amount * states[1][name].double())
+            both = states[0][name].double(), states[1][name].double()
+            torch.testing.assert_close(value.double(), (1 - amount) * both[0] + amount * both[1])
     path.with_stem("other").replace(path.with_stem("pretrained"))
     with pytest.raises(ValueError, match="pretrained"):
         srgan.load_generator(path, 2, 0.5)
