@@ -1899,9 +1899,12 @@ def load_generator(path: str | Path, scale: int | None = None,
         if not _parent_of(path).is_file():
             raise FileNotFoundError(f"a mixture needs the faithful parent of {path}, which is not "
                                     "there: leave it out, or give a run that was pre-trained")
-        faithful = load_generator(_parent_of(path))[0].state_dict()
+        faithful, sharp = load_generator(_parent_of(path))[0].state_dict(), generator.state_dict()
+        shapes = [[value.shape for value in each.values()] for each in (faithful, sharp)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{_parent_of(path)} has other shapes than {path}: no parent of it")
         generator.load_state_dict({name: torch.lerp(faithful[name].float(), value.float(), amount)
-                                   for name, value in generator.state_dict().items()})
+                                   for name, value in sharp.items()})
     return generator, config, about
 
 

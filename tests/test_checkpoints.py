@@ -160,7 +160,7 @@ def test_a_fresh_machine_goes_on_from_drive_alone(store, tmp_path, copies, capsy
     assert f"continues at update {update} of 6" in sitting(store, fresh, backup)
     first = next(name for name in copies if name.startswith("slot"))
     assert (first == newest) == bool(spoil)
-    assert (newest in capsys.readouterr().err) == bool(spoil)  # BUG 1
+    assert (newest in capsys.readouterr().err) == bool(spoil)
     sitting(store, fresh, backup, 5 - update)
     one, other = (srgan.newest_checkpoint(folder / "ckpt") for folder in (run, fresh))
     assert other["update"] == 6 and same(one["generator"], other["generator"]) and same(one["ema"], other["ema"])

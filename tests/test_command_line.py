@@ -145,7 +145,7 @@ def test_bad_sources(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("scale", ["3", "0", "32", "four", "-2", "2.5", ""])
-def test_impossible_scales(store, tmp_path, monkeypatch, capsys, scale):  # BUG C1, C2
+def test_impossible_scales(store, tmp_path, monkeypatch, capsys, scale):
     monkeypatch.chdir(saved(tmp_path / "a.png").parent)
     for command in ("train --run new --set scale=", "train --run new --max-minutes 1e-6 --scale=", "compare --out new --scale="):
         assert "2, 4, 8" in refusal(capsys, *f"{command}{scale} --store".split(), store.folder).replace("'", "")
@@ -184,7 +184,7 @@ def test_a_run_of_another_kind_or_of_other_faces_is_left_as_it_is(store, tiny_ru
     assert contents(tiny_run) == before
 
 
-def test_bad_weights_are_refused_before_anything_is_written(store, weights, tmp_path, capsys):  # BUG C3
+def test_bad_weights_are_refused_before_anything_is_written(store, weights, tmp_path, capsys):
     data, out, photo = weights.read_bytes(), tmp_path / "new", saved(tmp_path / "photo.jpg")
     bad = {"cut": data[:-50], "five": data[:5], "none": b"", "pickle": b"PK\x03\x04 from torch.save", "foreign": b"", "16x": b""}
     for name in bad:

@@ -144,7 +144,7 @@ def test_a_copy_under_way_is_not_queued_behind_and_training_waits_for_the_newest
     assert "copying the newest checkpoint" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "copyfile", lambda *paths: time.sleep(0.1) or copyfile(*paths))
     trained(store, tmp_path / "other", backup=tmp_path / "c", max_minutes=1e-9)  # its one copy has begun when it ends
-    assert "copying the newest checkpoint" in capsys.readouterr().err  # BUG 2
+    assert "copying the newest checkpoint" in capsys.readouterr().err
 
 
 def test_what_a_killed_process_saved_but_did_not_copy_is_copied(store, tmp_path):

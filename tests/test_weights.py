@@ -51,7 +51,7 @@ def test_they_enlarge_drawn_faces_better_than_bicubic_and_are_sharper_without_a_
     assert srgan.checkerboard_index(images[-1]).mean() < 1.2 * srgan.checkerboard_index(hr).mean()
 
 
-def test_a_mixture_mixes_every_weight_and_is_refused_where_the_parent_does_not_fit(tmp_path):  # BUG W3
+def test_a_mixture_mixes_every_weight_and_is_refused_where_the_parent_does_not_fit(tmp_path):
     path, states = tmp_path / "generator.safetensors", []
     for blocks, name in ((2, "pretrained"), (2, "generator"), (1, "other")):
         config = srgan.Config.preset("report", scale=2, channels=4, residual_blocks=blocks)
