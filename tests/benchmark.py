@@ -1,29 +1,25 @@
 """What things cost, measured: `python tests/benchmark.py WHAT` says the machine and the versions, then a line for each way.
 
-    train     updates per second: the report's way, written plainly (reference.py), beside this project, taking turns; then this
-              project beside itself with one measure switched off at a time. --beside FILE: another version of srgan_utils.py
-              (`git show COMMIT:srgan_utils.py > FILE`) takes turns, too, by its whole `train`, and ours by its own beside it
-    data      faces prepared per second beside JPEG decoding alone, and batches beside the report's way of reading photos
-    infer     a photo enlarged, plainly and by this project, and one of 12 megapixels with its peak memory
-    scaling   time of an update, and memory while training, with few faces and with many
+    train     updates per second: the report's way, written plainly (reference.py), beside this project, taking turns.
+              --beside FILE: the whole `train` of another version of srgan_utils.py takes turns with ours
+              (`git show COMMIT:srgan_utils.py > FILE`)
+    prepare   faces per second beside JPEG decoding alone, and batches beside the report's way of reading photos
+    upscale   a photo of 512 x 384 px, by the network alone in fp32 and by this project
 
-`--json FILE` keeps all that is said. Medians over the rounds, with the extremes where speeds are compared.
+`--json FILE` keeps all that is said. Speeds are medians over the rounds, with their extremes.
 """
 
 import argparse
 import importlib.util
 import itertools
 import json
-import math
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -41,25 +37,6 @@ ON_GPU = DEVICE.type == "cuda"
 wait = torch.cuda.synchronize if ON_GPU else lambda: None
 
 
-def of_process(what: str) -> float:
-    """MB of this process by Linux's account. (getrusage's peak is that of the parent, too.)"""
-    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) / 1000
-
-
-def in_a_process(work, *given):
-    """`work(*given)` in a process of its own, which has nothing that others left."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(work, *given).result()
-
-
-def peak_memory(work, *given) -> float:
-    """GB, of the GPU, else of all memory, that `work(*given)` needs at most, with two calls of the way that it may return."""
-    way = work(*given)
-    for _ in range(2 if callable(way) else 0):
-        way()
-    return torch.cuda.max_memory_allocated() / 1e9 if ON_GPU else of_process("VmHWM") / 1000
-
-
 def seconds_of(way, seconds: float) -> float:
     """Seconds of one turn of `way`, over at least `seconds` and two calls; a call may return how many turns it was."""
     begun, turns, calls = time.perf_counter(), 0, 0
@@ -71,14 +48,17 @@ def seconds_of(way, seconds: float) -> float:
     return (time.perf_counter() - begun) / turns
 
 
-def measured(args, ways: dict) -> dict:
-    """Median and extremes of the seconds of one turn of each way, one after the other; first calls are not counted."""
+def measured(args, ways: dict, per_turn: int = 1):
+    """A row for each way, which take turns: how much of what a turn makes a second gives. First calls are not counted."""
     for way in ways.values():
         seconds_of(way, 0)
     taken = {name: [] for name in ways}
     for _, (name, way) in itertools.product(range(args.rounds), ways.items()):
-        taken[name].append(seconds_of(way, args.seconds))
-    return {name: (statistics.median(each), min(each), max(each)) for name, each in taken.items()}
+        taken[name].append(per_turn / seconds_of(way, args.seconds))
+    first = statistics.median(next(iter(taken.values())))
+    for name, speeds in taken.items():
+        median = statistics.median(speeds)
+        yield {"way": name, "per_s": median, "slowest": min(speeds), "fastest": max(speeds), "times_the_first": median / first}
 
 
 def drawn_photos(folder: Path, count: int) -> list[Path]:
@@ -89,16 +69,13 @@ def drawn_photos(folder: Path, count: int) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-# --- train
-
-MEASURES = ("bf16 or fp16", "channels last", "fused Adam", "frozen VGG19", "frozen discriminator", "one generator pass",
-            "losses fetched seldom")
-
-
-def plain_batches(config: srgan.Config, photos: list):
+def plain_batches(config: srgan.Config, photos: list[Path]):
     faces = ReferenceFaces(photos, config.hr_size, config.scale)
     loader = DataLoader(faces, config.batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
     return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+# --- train
 
 
 def plain_way(config: srgan.Config, place: Path):
@@ -109,31 +86,14 @@ def plain_way(config: srgan.Config, place: Path):
     return lambda: training.update(*(each.to(DEVICE) for each in next(batches))) and 1
 
 
-def our_way(config: srgan.Config, place: Path, without: str = ""):
-    """One update of this project at each call, its losses fetched as `train` does; `without` one of MEASURES."""
-    if without == "bf16 or fp16":
-        config = replace(config, precision="fp32")
-    store, state = srgan.FaceStore(place / "store"), srgan.TrainState(config, DEVICE)
+def our_way(config: srgan.Config, place: Path):
+    """One update of this project at each call, its losses fetched as seldom as `train` does."""
+    store, state = srgan.prepare(place / "photos", place / "store"), srgan.TrainState(config, DEVICE)
     store.keep_on(DEVICE if ON_GPU else None)
-    if without == "channels last":
-        for network in filter(None, (state.generator, state.discriminator, state.vgg)):
-            network.to(memory_format=torch.contiguous_format)
-    if without == "fused Adam":
-        srgan._one_update(state, *srgan.batch(store, config, 0, DEVICE))  # it makes the optimiser of the adversarial stage
-        for optimizer in (state.g_optimizer, state.d_optimizer):
-            optimizer.param_groups[0].update(fused=False, foreach=False)
-    if without == "frozen VGG19":
-        state.vgg.requires_grad_(True)
-    if without == "frozen discriminator":
-        state.discriminator.requires_grad_ = lambda _: None
-    pending, together = [], 50 if without != "losses fetched seldom" and ON_GPU else 1
+    pending, together = [], 50 if ON_GPU else 1
 
     def update():
-        lr, hr = srgan.batch(store, config, state.update, DEVICE)
-        if without == "one generator pass":
-            with state.autocast():
-                state.generator(lr)
-        pending.append(srgan._one_update(state, lr, hr))
+        pending.append(srgan._one_update(state, *srgan.batch(store, config, state.update, DEVICE)))
         if len(pending) == together:
             torch.stack([torch.stack(list(losses.values())) for losses in pending]).tolist()
             pending.clear()
@@ -141,14 +101,14 @@ def our_way(config: srgan.Config, place: Path, without: str = ""):
 
 
 def whole_way(file: str, name: str, config: srgan.Config, place: Path):
-    """About a second of the `train` of another srgan_utils.py at each call, with its reports, strips and checkpoints."""
+    """About a second of the `train` in `file` at each call, with its reports, strips and checkpoints."""
     spec = importlib.util.spec_from_file_location(name, file)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     plain, done = asdict(srgan.Config.preset(config.preset_name)), [0]
     changes = {field: value for field, value in asdict(config).items() if value != plain[field]}
-    store, run = module.prepare(place / "photos", place / f"{name}-store"), place / f"{name}-{time.time_ns()}"
-    events = module.train(store, run, config.preset_name, changes)
+    store = module.prepare(place / "photos", place / f"{name}-store")
+    events = module.train(store, place / name, config.preset_name, changes)
 
     def advance():
         done.append(next(events).step)
@@ -158,121 +118,63 @@ def whole_way(file: str, name: str, config: srgan.Config, place: Path):
 
 def train(args, place: Path):
     drawn_photos(place / "photos", 32)
-    srgan.prepare(place / "photos", place / "store")
     changes = {"hr_size": args.hr_size} if args.hr_size else {}
     if args.preset == "sharp":
         changes["pretrain_steps"] = 0  # the adversarial stage, as the report's
     changes |= {"scale": args.scale, "batch_size": args.batch, "precision": srgan._resolve_precision("auto", DEVICE)}
     config = srgan.Config.preset(args.preset, vgg="random", **changes).for_faces(100_000)
-    makers = {"reference": plain_way, "ours": our_way} if args.preset == "report" else {"ours": our_way}
-    ways = {name: make(config, place) for name, make in makers.items()}
+    ways = {"ours": our_way(config, place)}
+    if args.preset == "report":
+        ways = {"reference": plain_way(config, place)} | ways
     if args.beside:
-        ways |= {name: whole_way(file, name.replace(" ", "_"), config, place)
-                 for name, file in (("ours, whole", srgan.__file__), ("beside, whole", args.beside))}
-    found = measured(args, ways)
+        ways |= {"beside, whole": whole_way(args.beside, "beside", config, place),
+                 "ours, whole": whole_way(srgan.__file__, "whole", config, place)}
     with FlopCounterMode(display=False) as counter:
         ways["ours"]()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
-    square = torch.randn(4096, 4096, device=DEVICE, dtype=dtype)
-    product = seconds_of(lambda: (square @ square) is None, args.seconds)
     yield {"preset": args.preset, "scale": config.scale, "px": config.patch, "batch": args.batch, "precision": config.precision,
-           "flop_per_update": counter.get_total_flops(), "matrix_product_flop_per_s": 2 * 4096 ** 3 / product}
-    ways.clear()
-    for name, (middle, low, high) in found.items():
-        row = {"way": name, "updates_per_s": 1 / middle, "slowest": 1 / high, "fastest": 1 / low,
-               "images_per_s": args.batch / middle, "times_the_reference": found.get("reference", [math.nan])[0] / middle}
-        yield row | ({"peak_gb": in_a_process(peak_memory, makers[name], config, place)} if args.memory and name in makers else {})
-    for name in MEASURES if args.without is None else args.without:
-        if name == "frozen VGG19" and config.content != "vgg" or name == "losses fetched seldom" and not ON_GPU:
-            continue
-        ours, without = measured(args, {"ours": our_way(config, place), name: our_way(config, place, name)}).values()
-        yield {"way": f"not {name}", "updates_per_s": 1 / without[0], "ours_beside_it": 1 / ours[0], "gain": without[0] / ours[0]}
+           "flop_per_update": counter.get_total_flops()}
+    for row in measured(args, ways):
+        yield row | {"images_per_s": args.batch * row["per_s"]}
 
 
-def data(args, place: Path):
+# --- prepare and upscale
+
+
+def prepare(args, place: Path):
     photos = sorted(Path(args.faces).glob("*.jpg")) if args.faces else drawn_photos(place / "photos", 600)
-    (place / "many").mkdir()
-    many = [Path(shutil.copyfile(path, place / "many" / f"{copy}-{path.name}"))
-            for copy, path in itertools.product(range(max(1, 3_000 // len(photos))), photos)]
+    folder = photos[0].parent
     with ThreadPoolExecutor() as pool:
-        ways = {"JPEGs decoded alone": lambda: list(pool.map(lambda path: Image.open(path).load() and None, many)) and len(many),
-                "prepare": lambda: len(srgan.prepare(place / "many", place / f"store-{time.time_ns()}"))}
-        for name, (middle, low, high) in measured(argparse.Namespace(rounds=args.rounds, seconds=0), ways).items():
-            yield {"way": name, "photos": len(many), "faces_per_s": 1 / middle, "slowest": 1 / high, "fastest": 1 / low}
-    store = srgan.FaceStore(next(place.glob("store-*")))
+        ways = {"JPEGs decoded alone": lambda: list(pool.map(lambda path: Image.open(path).load() and None, photos)) and 1,
+                "prepare": lambda: srgan.prepare(folder, place / f"store-{time.time_ns()}") and 1}
+        yield from measured(argparse.Namespace(rounds=args.rounds, seconds=0), ways, len(photos))
+    store = srgan.prepare(folder, place / "store")
     store.keep_on(DEVICE if ON_GPU else None)
     for preset, size in (("report", 8), ("sharp", 16)):
         config = srgan.Config.preset(preset, batch_size=size)
         batches, updates = plain_batches(config, photos), itertools.count()
         ways = {"reference": lambda: [each.to(DEVICE) for each in next(batches)] and 1,
                 "ours": lambda: srgan.batch(store, config, next(updates), DEVICE) and 1}
-        for name, (middle, low, high) in measured(args, ways).items():
-            yield {"way": f"batches, {name}", "preset": preset, "hr_size": config.hr_size, "batch": size,
-                   "images_per_s": size / middle, "slowest": size / high, "fastest": size / low}
-
-
-def plainly(lr: torch.Tensor, generator: srgan.Generator, config: srgan.Config) -> torch.Tensor:
-    """Tile by tile in fp32, channels first: what `upscale` would be without its measures."""
-    margin, scale, tile, rows = srgan.receptive_radius(config), config.scale, 1024 // config.scale, []
-    for y in range(0, lr.shape[-2], tile):
-        row = []
-        for x in range(0, lr.shape[-1], tile):
-            top, left = max(0, y - margin), max(0, x - margin)
-            sr = generator(lr[..., top:y + tile + margin, left:x + tile + margin])[..., (y - top) * scale:, (x - left) * scale:]
-            row.append(sr[..., :tile * scale, :tile * scale].cpu())
-        rows.append(torch.cat(row, dim=-1))
-    return srgan.quantise(torch.cat(rows, dim=-2))
+        for row in measured(args, ways, size):
+            yield {"preset": preset, "hr_size": config.hr_size, "batch": size} | row
 
 
 @torch.no_grad()
-def infer(args, place: Path):
+def upscale(args, place: Path):
     lr, made = srgan.bicubic(srgan.synthetic_face(0), (384, 512)), {}
     for preset in ("report", "sharp"):
         config = srgan.Config.preset(preset, scale=args.scale, precision=srgan._resolve_precision("auto", DEVICE))
         generator, fp32 = srgan.Generator(config).eval().to(DEVICE), replace(config, precision="fp32")
-        found = measured(args, {
-            "reference": lambda: made.update(reference=plainly(lr.to(DEVICE), generator, config)),
-            "ours": lambda: made.update(ours=srgan.upscale(lr, generator, config)),
-            "ours in fp32": lambda: made.update({"ours in fp32": srgan.upscale(lr, generator, fp32)})})
-        for name, (middle, low, high) in found.items():
-            yield {"way": name, "preset": preset, "scale": args.scale, "px": "512 x 384", "precision": config.precision,
-                   "seconds": middle, "fastest": low, "slowest": high, "times_the_reference": found["reference"][0] / middle,
-                   "levels_from_the_reference": 255 * (made[name] - made["reference"]).abs().max().item()}
-    srgan.export_generator(place / "g.safetensors", generator, config)
-    srgan.save_image(srgan.bicubic(lr, (3000, 4000)), place / "photo.jpg")
-    command = ["upscale", f"{place}/photo.jpg", "--weights", f"{place}/g.safetensors", "--out", str(place)]
-    begun, peak = time.perf_counter(), in_a_process(peak_memory, srgan.main, command)
-    yield {"way": "command upscale, 12 megapixels", "preset": preset, "scale": args.scale, "peak_gb": peak,
-           "seconds": time.perf_counter() - begun}
-
-
-def training(faces: int, place: Path) -> dict:
-    """A tiny network, so that feeding it shows, on so many black faces that take no room on the disk; private memory."""
-    changes = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 4, "precision": "fp32",
-               "pretrain_steps": 1_000, "steps": 1_000, "save_steps": 200, "sample_steps": 200}
-    names, late = [f"{number:06}.png" for number in range(faces)], []
-    record = {"names": names, "split": srgan.split_of(names).tolist(), "left_out": [], "enlarged": [], "source": "sparse",
-              "limit": None, "title": "sparse", "state": "", "fingerprint": "sparse"}
-    (place / "store.json").write_text(json.dumps(record))
-    with open(place / "faces.u8", "wb") as file:
-        file.truncate(faces * 178 * 178 * 3)
-    store, opened = srgan.FaceStore(place), of_process("RssAnon")
-    for event in srgan.train(store, place / "run", "sharp", changes):
-        if event.step > 1_000:
-            late.append((event.step, time.perf_counter(), of_process("RssAnon")))
-    (first, begun, early), (last, ended, end) = late[0], late[-1]
-    return {"ms_per_update": 1000 * (ended - begun) / (last - first), "opened_mb": opened, "middle_mb": early, "end_mb": end}
-
-
-def scaling(args, place: Path):
-    for faces in (2_000, 200_000):
-        (place / str(faces)).mkdir()
-        yield {"way": "training", "faces": faces} | in_a_process(training, faces, place / str(faces))
+        ways = {"reference": lambda: made.update(reference=srgan.quantise(generator(lr.to(DEVICE))).cpu()),
+                "ours": lambda: made.update(ours=srgan.upscale(lr, generator, config)),
+                "ours in fp32": lambda: made.update({"ours in fp32": srgan.upscale(lr, generator, fp32)})}
+        for row in measured(args, ways):
+            levels = 255 * (made[row["way"]] - made["reference"]).abs().max().item()
+            yield {"preset": preset, "scale": args.scale, "precision": config.precision} | row | {"levels_off": levels}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    works = {work.__name__: work for work in (train, data, infer, scaling)}
+    works = {work.__name__: work for work in (train, prepare, upscale)}
     parser.add_argument("what", choices=works)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--rounds", type=int, default=3)
@@ -281,10 +183,8 @@ def main() -> None:
     parser.add_argument("--preset", default="report", choices=["report", "sharp"], help="train")
     parser.add_argument("--hr-size", type=int, help="train; default: the preset's")
     parser.add_argument("--batch", type=int, default=4, help="train")
-    parser.add_argument("--memory", action="store_true", help="train: peak memory, too, each way in a process of its own")
     parser.add_argument("--beside", metavar="FILE", help="train: another version of srgan_utils.py")
-    parser.add_argument("--without", nargs="*", metavar="MEASURE", help=f"train; default: all of {', '.join(MEASURES)}")
-    parser.add_argument("--faces", metavar="FOLDER", help="data: JPEGs; default: drawn ones")
+    parser.add_argument("--faces", metavar="FOLDER", help="prepare: JPEGs; default: drawn ones")
     args, rows = parser.parse_args(), [srgan._environment() | {"machine": platform.machine()}]
     print(", ".join(f"{name} {value}" for name, value in rows[0].items()))
     with tempfile.TemporaryDirectory() as place:

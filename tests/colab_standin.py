@@ -7,11 +7,15 @@ stands for /content, and `Machine.cloud` for what the user keeps on Google Drive
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -155,6 +159,30 @@ def ismount(machine: Machine, real: Callable = os.path.ismount) -> Callable:
 def shell_class(kind: type) -> type:
     """`kind` of shell under Colab's name, by which code tells where it runs (`str(get_ipython())`)."""
     return type("Shell", (kind,), {"__module__": "google.colab._shell"})
+
+
+@contextlib.contextmanager
+def sessions(answer: str, status: int = 200, seconds: float = 0) -> Iterator[dict[str, str]]:
+    """Colab's list of open notebooks, `answer` after so many seconds: the environment that says where to ask."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            time.sleep(seconds)
+            with contextlib.suppress(OSError):  # nobody waits any more
+                self.send_response(status if self.path == "/api/sessions" else 404)
+                self.end_headers()
+                self.wfile.write(answer.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {"COLAB_JUPYTER_IP": "127.0.0.1", "KMP_TARGET_PORT": str(server.server_port), "no_proxy": "127.0.0.1"}
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def start(machine: Machine) -> None:

@@ -1,9 +1,15 @@
-"""What several test files need: a small store of synthetic faces, and tiny networks."""
+"""What several test files need: a small store of synthetic faces, tiny networks, and all that a run leaves."""
 
+import contextlib
+import csv
 import re
+import types
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 import srgan_utils as srgan
 
@@ -11,7 +17,78 @@ torch.set_num_threads(1)  # for networks as small as these, threads cost more th
 
 # Seconds instead of minutes: one block, few channels, 32-px faces
 TINY = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32",
-        "pretrain_steps": 3, "steps": 3, "ramp_steps": 2, "warmup_steps": 2, "save_steps": 2, "sample_steps": 3}
+        "pretrain_steps": 3, "steps": 3, "ramp_steps": 2, "warmup_steps": 2, "save_steps": 2, "sample_steps": 3,
+        "content": "pixel"}  # VGG has 80 MB
+
+
+class SmallDiscriminator(srgan.Discriminator):
+    """In its place where many checkpoints are written: they are a hundredth as large."""
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.kind = "dense"
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.LeakyReLU(0.2)) for channels in (3, 8)))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
+
+
+class Unweighted(nn.Linear):
+    def __init__(self, *size):
+        super().__init__(*size, device="meta")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vgg_without_its_classifier():
+    """Nobody uses that, and drawing its 124 million weights takes seconds each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models.vgg, "nn", types.SimpleNamespace(**vars(nn) | {"Linear": Unweighted}))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small():
+    """What takes longer than the updates of tiny runs is small: the discriminator, and samples, which are no pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(srgan, "Discriminator", SmallDiscriminator)
+        figure = types.SimpleNamespace(savefig=lambda path, **_: Path(path).write_bytes(b""))
+        patch.setattr(srgan, "stages_figure", lambda *_, **__: figure)
+        yield
+
+
+def plain(value):
+    """Tensors as bytes, so that == compares bit for bit."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list) else value
+
+
+def rows(text: str) -> list[dict]:
+    """A history, but for the time that it took."""
+    return [row | {"seconds": ""} for row in csv.DictReader(text.splitlines())]
+
+
+def final_state(folder: Path) -> dict:
+    """All that a run or a store leaves, but for the time that it took."""
+    found = {}
+    for path in (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"):
+        content = rows(path.read_text()) if path.name == "history.csv" else path.read_bytes()
+        if path.suffix == ".pt":
+            state = srgan.load_checkpoint(path)
+            content = plain(state | {"history": rows(state["history"]), "seconds": None})
+        elif path.suffix == ".safetensors":
+            generator, config, about = srgan.load_generator(path)
+            content = plain(dict(generator.state_dict())), config, about | {"seconds": None}
+        found[str(path.relative_to(folder))] = content
+    return found
+
+
+@contextlib.contextmanager
+def refused(kind, match=None):
+    """One line, whatever is in it."""
+    with pytest.raises(kind, match=match) as caught:
+        yield
+    assert str(caught.value).isprintable()
 
 
 def fill_in(notebook, **form) -> None:

@@ -1,12 +1,17 @@
-"""The project on Colab's machine, played by the stand-in of `colab_standin.py`: Drive and its failures, uploads, downloads,
-and all four notebooks, 03 cut off in the middle and continued on a fresh machine from Drive."""
+"""The project on Colab's machine, played by the stand-in of `colab_standin.py`: the set-up cell's ways to the project and the
+failures of each, Drive and its failures, uploads, downloads, and all four notebooks, 03 cut off in the middle and continued on
+a fresh machine from Drive."""
 
 import contextlib
 import importlib.util
+import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import urllib.parse
 from pathlib import Path
 
 import colab_standin
@@ -15,7 +20,7 @@ import nbformat
 import pytest
 from colab_standin import MOUNT_FAILURES, Machine, MessageError
 from conftest import TINY, fill_in
-from test_notebooks import publish
+from test_notebooks import NOTEBOOKS, address, cells, publish
 
 import srgan_utils
 
@@ -106,6 +111,159 @@ def test_the_zip_is_downloaded_and_kept_where_the_browser_refuses_it(srgan, mach
     assert (machine.content / "r.zip").exists()
 
 
+# --- The set-up cell: four ways to the project, in order
+
+SET_UP = cells(NOTEBOOKS[0])[0]
+RUN_IT = """
+import builtins, sys
+from pathlib import Path
+sys.path.insert(0, TESTS)
+import colab_standin
+del sys.path[0]
+machine = colab_standin.Machine(Path(), Path("cloud"), chosen=CHOSEN)
+if CHOSEN is not None:
+    sys.modules.update(colab_standin.modules(machine))
+builtins.get_ipython = object if CHOSEN is None else colab_standin.shell_class(object)
+exec(CELL)
+"""
+
+
+def opened_from(place: str) -> str:
+    """What Colab says of a notebook that was opened from `place`, beside another one."""
+    notebooks = [{"path": "fileId=" + urllib.parse.quote(place, safe="")}, {"path": "fileId=1aB"}]
+    return json.dumps(notebooks)
+
+
+class Newcomer:
+    """Somebody on a fresh machine with nothing but one notebook, and what GitHub has for them."""
+
+    def __init__(self, place: Path):
+        self.here, self.github, self.stubs = place / "parent" / "here", place / "github", place / "stubs"
+        for folder in (self.here, self.stubs / "torchmetrics", self.stubs / "pip"):
+            folder.mkdir(parents=True)
+        self.loud = 'raise SystemExit("imported before it is needed")'
+        (self.stubs / "torchmetrics" / "__init__.py").write_text(self.loud)
+        (self.stubs / "pip" / "__main__.py").write_text("import sys; print('pip', sys.argv[1:])")
+        self.environment = {"PATH": os.environ["PATH"], "HOME": str(place), "PYTHONPATH": str(self.stubs),
+                            "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{self.github}/.insteadOf",
+                            "GIT_CONFIG_VALUE_0": "https://github.com/"}
+
+    def publish(self, name: str, branch: str = "main") -> None:
+        """The project as a repository on GitHub, which says who it is when it is imported."""
+        folder = self.github / name
+        git = ["git", "-C", str(folder), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / "requirements.txt").write_text("torchmetrics>=1")
+            subprocess.run([*git, "init", "--quiet", "--initial-branch", branch], check=True)
+        else:
+            subprocess.run([*git, "checkout", "--quiet", "-b", branch], check=True)
+        (folder / "srgan_utils.py").write_text(f"print('imported {name} {branch}')")
+        for command in ("add --all", "commit --quiet --message published"):
+            subprocess.run([*git, *command.split()], check=True)
+        subprocess.run([*git, "checkout", "--quiet", "main"], check=True)
+
+    def replace_git(self, script: str) -> None:
+        """Another program in the place of git; an empty script: there is none."""
+        folder = self.here.parent.parent / "bin"
+        folder.mkdir()
+        if script:
+            (folder / "git").write_text(f"#!/bin/sh\n{script}\n")
+            (folder / "git").chmod(0o755)
+        self.environment["PATH"] = f"{folder}:/bin" if script else str(folder)
+
+    def run(self, chosen: dict | str | None = None, environment: dict | None = None, cell: str = SET_UP) -> str:
+        """What the cell prints, its error included. chosen: what is picked in Colab's dialog; None: not in Colab."""
+        code = f"TESTS, CHOSEN, CELL = {str(Path(__file__).parent)!r}, {chosen!r}, {cell!r}\n{RUN_IT}"
+        result = subprocess.run([sys.executable, "-S", "-c", code], cwd=self.here, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, env=self.environment | (environment or {}), timeout=60)
+        return result.stdout
+
+
+@pytest.fixture
+def newcomer(tmp_path) -> Newcomer:
+    return Newcomer(tmp_path)
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_a_copy_on_this_machine_comes_first_and_needs_no_network(up, newcomer):
+    newcomer.replace_git("")
+    (newcomer.here.parent if up else newcomer.here).joinpath("srgan_utils.py").write_text("print('imported mine')")
+    assert newcomer.run() == "imported mine\nsrgan_utils.py is from the copy on this machine\n"
+
+
+FORK = "https://github.com/somebody/fork/blob/topic/one/notebooks/01_data.ipynb"
+
+
+@pytest.mark.parametrize("published, used", [
+    ([("somebody/fork", "main"), ("somebody/fork", "topic/one")], "somebody/fork --branch topic/one"),
+    ([("somebody/fork", "main")], "somebody/fork"),  # the branch is gone, or it is a commit
+    ([], "OWNER"),                                   # the fork is gone, or private
+])
+def test_in_colab_the_notebooks_own_repository_and_branch_come_next(published, used, newcomer):
+    for name, branch in [(address(), "main"), *published]:
+        newcomer.publish(name, branch)
+    with colab_standin.sessions(opened_from(FORK)) as environment:
+        printed = newcomer.run("", environment)
+        assert newcomer.run("", environment).endswith("srgan_utils.py is from the copy on this machine\n")
+    used = used.replace("OWNER", address())
+    name, _, branch = used.partition(" --branch ")
+    assert printed == f"imported {name} {branch or 'main'}\nsrgan_utils.py is from https://github.com/{used}\n"
+
+
+SILENCE = {"not a list": {"answer": "{}"}, "no notebook": {"answer": "[]"}, "a web page": {"answer": "<html>"},
+           "no path": {"answer": '[{"name": "01_data.ipynb"}]'}, "from Drive": {"answer": opened_from("1aBcD")},
+           "a gist": {"answer": opened_from("https://gist.github.com/somebody/123")},
+           "an error": {"answer": opened_from(FORK), "status": 500}, "no answer": {"answer": opened_from(FORK), "seconds": 4}}
+
+
+@pytest.mark.parametrize("case", [*SILENCE, "nobody listens", "not told where"])
+def test_where_colab_does_not_say_it_the_address_in_the_cell_is_taken(case, newcomer):
+    newcomer.publish(address())
+    newcomer.publish("somebody/fork")
+    environment = {"nobody listens": {"COLAB_JUPYTER_IP": "127.0.0.1", "KMP_TARGET_PORT": "9"}, "not told where": {}}.get(case)
+    with contextlib.nullcontext(environment) if case not in SILENCE else colab_standin.sessions(**SILENCE[case]) as environment:
+        printed = newcomer.run("", environment)
+    assert printed == f"imported {address()} main\nsrgan_utils.py is from https://github.com/{address()}\n"
+
+
+@pytest.mark.parametrize("script", ["", "exit 1", "sleep 30", "mkdir srgan-project; exit 1"],
+                         ids=["no git", "fails", "hangs", "half a clone"])
+def test_in_colab_a_dialog_asks_for_the_module_where_nothing_can_be_fetched(script, newcomer):
+    newcomer.replace_git(script)
+    cell = SET_UP.replace("timeout=60", "timeout=1")
+    assert cell != SET_UP
+    printed = newcomer.run({"srgan_utils.py": b"print('imported mine')"}, cell=cell)
+    assert "could not be fetched (" in printed and "Please choose its file srgan_utils.py:" in printed
+    assert printed.endswith("imported mine\nsrgan_utils.py is from your upload: srgan_utils.py\n")
+
+
+@pytest.mark.parametrize("chosen", ["", {"photo.jpg": b"x"}, None], ids=["cancelled", "another file", "not in Colab"])
+def test_without_the_module_one_sentence_says_what_to_do(chosen, newcomer):
+    printed = newcomer.run(chosen)
+    assert re.search(r"RuntimeError: srgan_utils.py is missing \(.+\): upload it, then run this cell again\n", printed)
+    assert "fatal: " in printed  # git's own reason
+    assert ("Please choose" in printed) == (chosen is not None)
+
+
+def test_git_is_kept_from_asking_for_a_password(newcomer):
+    newcomer.replace_git('echo "asks: $GIT_TERMINAL_PROMPT" >&2; exit 1')
+    assert "is missing (asks: 0)" in newcomer.run()
+
+
+def test_what_is_missing_is_installed_before_anything_is_imported(newcomer):
+    shutil.rmtree(newcomer.stubs / "torchmetrics")
+    newcomer.publish(address())
+    listed = newcomer.here / "srgan-project" / "requirements.txt"
+    assert newcomer.run().startswith(f"pip ['install', '--quiet', '-r', '{listed}']\nimported {address()} main\n")
+
+
+def test_beside_an_uploaded_module_only_torchmetrics_is_installed(newcomer):
+    shutil.rmtree(newcomer.stubs / "torchmetrics")
+    (newcomer.here / "srgan_utils.py").write_text("print('imported mine')")
+    assert newcomer.run().startswith("pip ['install', '--quiet', 'torchmetrics']\nimported mine\n")
+
+
 # --- The four notebooks
 
 
@@ -156,7 +314,7 @@ def trained(colab) -> tuple[Path, int, str]:
 @pytest.mark.notebooks
 def test_03_cut_off_continues_from_drive_on_a_fresh_machine(trained, colab):
     folder, kept, printed = trained
-    assert f"continues at update {kept:,}; " in printed
+    assert f"continues at update {kept:,}; " in printed and "Runtime > Change runtime type > T4 GPU" in printed
     run = colab.content / "srgan-work" / "runs" / folder.name
     steps = [int(line.split(",")[0]) for line in (run / "history.csv").read_text().splitlines()[1:]]
     newest = srgan_utils.newest_checkpoint(run / "none", folder)["update"]
@@ -178,4 +336,4 @@ def test_04_takes_the_network_that_03_left_on_drive(trained, colab):
 @pytest.mark.parametrize("stem", ["01_data", "02_model", "04_compare"])
 def test_notebook_runs_on_colab_without_a_click(stem, colab):
     printed = run_all(colab, stem)
-    assert "Runtime > Change runtime type" in printed and not (colab.content / "drive").exists()
+    assert f"srgan_utils.py is from https://github.com/{address()}\n" in printed and not (colab.content / "drive").exists()

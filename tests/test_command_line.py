@@ -112,7 +112,8 @@ def test_upscale_writes_what_the_network_makes_and_keeps_alpha(weights, tmp_path
     expected = srgan.upscale(srgan.load_image(tmp_path / "colours.png"), *srgan.load_generator(weights)[:2])
     assert (written.name, large.size, large.mode) == ("my.photo-x4.png", (52, 36), "RGB" if mode == "RGB" else "RGBA")
     made = torch.from_numpy(np.array(large.convert("RGB"))).permute(2, 0, 1)[None] / 255
-    torch.testing.assert_close(made, expected, rtol=0, atol=1.01 / 255)
+    if mode != "P":  # which hides colours: test_photos.py
+        torch.testing.assert_close(made, expected, rtol=0, atol=1.01 / 255)
     wanted = np.asarray(alpha.resize((52, 36), Image.BICUBIC)).astype(int)
     assert (mode == "RGB") == (wanted.min() == 255) and np.abs(np.asarray(large.convert("RGBA"))[..., 3] - wanted).max() <= 1
 
@@ -149,22 +150,23 @@ def test_impossible_scales(store, tmp_path, monkeypatch, capsys, scale):
     monkeypatch.chdir(saved(tmp_path / "a.png").parent)
     for command in ("train --run new --set scale=", "train --run new --max-minutes 1e-6 --scale=", "compare --out new --scale="):
         assert "2, 4, 8" in refusal(capsys, *f"{command}{scale} --store".split(), store.folder).replace("'", "")
-    assert "2, 4, 8" in refusal(capsys, *f"upscale a.png --out new --scale={scale}".split()).replace("'", "")
     assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("arguments, message", [
     ("train --preset shrap", "did you mean 'sharp'"), ("train --set batchsize=8", "did you mean 'batch_size'"),
-    ("train --set batch_size", "FIELD=VALUE"), ("train --set batch_size=many", "whole number"),
+    ("train --set batch_size", "batch_size= must be a whole number"), ("train --set batch_size=many", "whole number"),
     ("train --set batch_size=0", "nearest valid: 1"), ("train --set content=pixels", "did you mean 'pixel'"),
     ("train --set hr_size=90", "nearest that is: 8"), ("train --set steps=3 crop=400", "nearest valid: 178"),
     ("train --set epochs=1 steps=3", "give one of them"), ("train --colour red", "--colour"),
     ("train --max-minutes soon", "number above 0"), ("train --max-minutes 0", "number above 0"),
     ("train --for-minutes nan", "number above 0"), ("train --max-minutes 1 --for-minutes 1", "not both"),
+    ("train --backup run", "--backup and --run are one folder"),
     ("compare --split tset", "test"), ("compare --count 0", "above 0"), ("compare --count 2.5", "whole number"),
     ("compare --set steps=3", "crop and hr_size"), ("compare --set hr_size=50", "nearest that is: "),
     ("compare --set crop=500", "nearest valid: 178"), ("compare --set hr_size=16", "too small to measure"),
     ("compare --blend 1.1", "from 0 to 1"), ("compare --blend much", "from 0 to 1"), ("compare --blend 0.5", "leave it out"),
+    *((f"upscale a.png --out out --scale={scale}", "from 1 to 16") for scale in ("0.9", "16.1", "four", "nan", "")),
     ("", "command"), ("paint", "paint"), ("prepare", "source"), ("upscale a.png", "--out"),
     ("prepare synthetic --store s --limit 0", "above 0"), ("prepare synthetic --store s --limit x", "whole number")])
 def test_bad_options_are_told_and_leave_nothing(store, weights, tmp_path, monkeypatch, capsys, arguments, message):
@@ -195,8 +197,7 @@ def test_bad_weights_are_refused_before_anything_is_written(store, weights, tmp_
     for arguments, message in (
             *((["--weights", tmp_path / name], f"{name} is damaged") for name in bad),
             (["--weights", "missing"], "no such weights"), (["--weights", weights, "--scale", "8"], "4x, not 8x"),
-            (["--run", tmp_path], "train it first"), (["--run", weights.parent, "--scale", "2"], "4x, not 2x"),
-            (["--run", weights.parent, "--weights", weights], "not both")):
+            (["--run", tmp_path], "train it first")):
         assert message in refusal(capsys, "upscale", photo, "--out", out, *arguments)
         assert message in refusal(capsys, "compare", "--store", store.folder, "--out", out, *arguments)
     assert contents(tmp_path) == before and not out.exists()
@@ -221,7 +222,7 @@ def test_prepare_names_what_it_left_out_and_a_store_that_is_of_no_use_says_what_
 def test_folders_that_cannot_be_written_are_named(store, weights, tmp_path, capsys):
     photo = saved(tmp_path / "photo.jpg")
     (tmp_path / "file").write_text("a file")
-    before, train = contents(tmp_path), ["train", "--store", store.folder, "--run"]
+    before, train = contents(tmp_path), ["train", "--store", store.folder, "--preset", "demo", "--run"]
     for folder in (tmp_path / "file" / "folder", tmp_path / "file"):  # which even root cannot make
         for arguments in (["demo", "--out", folder], ["prepare", "synthetic", "--limit", 1, "--store", folder],
                           [*train, folder], [*train, tmp_path / "run", "--backup", folder],

@@ -143,12 +143,6 @@ def test_a_source_without_faces_is_one_line_and_is_read_again_once_mended(tmp_pa
     assert srgan.prepare(zip_of(tmp_path / "in.zip", ["a.jpg"]), tmp_path / "store").names == ["a.jpg"]
 
 
-def test_pillows_own_limit_of_pixels_is_restored_though_many_threads_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert len(srgan.prepare(zip_of(tmp_path / "in.zip", [f"{n}.jpg" for n in range(600)]), tmp_path / "store")) == 600
-    assert Image.MAX_IMAGE_PIXELS == 1000
-
-
 # --- A folder either is a store or is not (killed processes: test_kill.py)
 
 
@@ -227,7 +221,10 @@ def test_from_three_faces_on_every_part_has_one_and_none_moves_without_need(tmp_
         names = [f"{seed}-{n}.jpg" for n in range(count)]
         wanted, parts = [part(name) for name in names], srgan.split_of(names).tolist()
         assert len(set(parts)) == 3 or count < 3
-        assert sum(map(int.__ne__, parts, wanted)) == (3 - len(set(wanted)) if count >= 3 else 0)
+        if count < 3:  # too few for three parts: all are learned from
+            assert parts == [0] * count
+            continue
+        assert sum(map(int.__ne__, parts, wanted)) == 3 - len(set(wanted))
     people = srgan.split_of([f"{who}/{n}.jpg" for who in named(0, 12) for n in range(3)]).reshape(12, 3)
     assert set(people.flat) == {0, 1, 2} and (people == people[:, :1]).all()  # a person is in one part
     usable = [*named(0, 3), *((name, b"") for name in named(1, 2) + named(2, 2))]  # of these three are
@@ -237,16 +234,18 @@ def test_from_three_faces_on_every_part_has_one_and_none_moves_without_need(tmp_
         refused(f"no {its} faces .2 train, 0 validation, 0 test", few.indices, its)
 
 
-@pytest.mark.parametrize("limit", [1, 5, 17, 100, 5_000])
+@pytest.mark.parametrize("limit", [1, 17, 100, 5_000])
 @pytest.mark.parametrize("names", [[f"{n:04}.jpg" for n in range(600)], [f"{n % 30}/{n}.jpg" for n in range(240)],
                                    [f"{n % 2}/{n // 2}.jpg" for n in range(600)]], ids=["names", "persons", "paths"])
-def test_limit_takes_so_many_of_each_part_spread_evenly_and_moves_none_to_another(tmp_path, names, limit):
+def test_limit_takes_so_many_of_each_part_spread_evenly_and_moves_none_to_another(tmp_path, monkeypatch, names, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit: restored, though many threads read
     store = srgan.prepare(zip_of(tmp_path / "in.zip", names), tmp_path / "store", limit)
     for its, wanted in enumerate([limit, limit / 17, 2 * limit / 17]):
         members = sorted(name for name, code in zip(names, srgan.split_of(names)) if code == its)
         places = [members.index(name) for name, code in zip(store.names, store.split) if code == its]
         assert len(places) == min(max(1, round(wanted)), len(members))
         assert np.ptp(np.diff([*places, places[0] + len(members)])) <= 1  # around the end, too
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_enlarged_faces_are_not_in_test_where_there_are_others(tmp_path):

@@ -9,26 +9,17 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from conftest import TINY
-from test_checkpoints import refused, slots
-from test_kill import SmallDiscriminator, final_state
+from conftest import TINY, final_state, refused
+from test_checkpoints import slots
 
 import srgan_utils as srgan
 
 CHANGES = TINY | {"scale": 4, "pretrain_steps": 4, "steps": 6, "save_steps": 2, "sample_steps": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    """What takes longer than the updates is small: the discriminator, and samples, which are no pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(srgan, "Discriminator", SmallDiscriminator)
-        figure = SimpleNamespace(savefig=lambda path, **_: Path(path).write_bytes(b""))
-        patch.setattr(srgan, "stages_figure", lambda *_, **__: figure)
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +64,7 @@ def wait(until):
     deadline = time.monotonic() + 20
     while not until() and time.monotonic() < deadline:
         time.sleep(0.01)
+
 
 @pytest.fixture
 def drive(tmp_path, monkeypatch):
@@ -202,15 +194,6 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_upd
         assert not (tmp_path / "r").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused(store, tmp_path):
-    """One below a file: root may write into folders that are only marked read-only."""
-    (tmp_path / "file").write_text("")
-    for folder, backup in ((tmp_path / "file" / "r", None), (tmp_path / "r", tmp_path / "file" / "b")):
-        with refused(OSError):
-            trained(store, folder, backup=backup)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_one_trains_a_run_at_a_time_and_the_second_says_so(store, tmp_path, whole, capsys):
     """An earlier cell's loop, say. It can go on, and when it is gone the next one can."""
     left = srgan.train(store, tmp_path / "r", "sharp", CHANGES)
@@ -228,9 +211,13 @@ def test_one_trains_a_run_at_a_time_and_the_second_says_so(store, tmp_path, whol
 
 @pytest.mark.parametrize("refusal", [{"batch_size": 0}, {"no_such_field": 1}, {"vgg": "none.pt", "content": "vgg"}], ids=str)
 def test_what_was_refused_holds_nothing_and_leaves_nothing(store, tmp_path, refusal):
-    """Though its traceback is kept."""
+    """Though its traceback is kept. Nor does a folder that cannot be written."""
+    (tmp_path / "file").write_text("")  # root may write into folders that are only marked read-only
     for _ in range(2):
         with pytest.raises((ValueError, OSError)) as kept:
             next(srgan.train(store, tmp_path / "r", "sharp", CHANGES | refusal))
         assert kept.tb and not (tmp_path / "r").exists()
-    assert trained(store, tmp_path / "r").done
+    for folder, backup in ((tmp_path / "file" / "r", None), (tmp_path / "r", tmp_path / "file" / "b")):
+        with refused(OSError):
+            trained(store, folder, backup=backup)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and trained(store, tmp_path / "r").done

@@ -41,18 +41,31 @@ def photo():
 @pytest.mark.parametrize("height, width, tile", [(53, 47, 16), (53, 47, 23), (16, 33, 16), (17, 5, 16), (3, 47, 1)])
 def test_tiled_equals_untiled(preset, scale, height, width, tile, photo):
     generator, config = network(preset, scale)
-    whole = srgan.quantise(generator(image := photo[..., :height, :width]))
+    whole = srgan.super_resolve(generator, image := photo[..., :height, :width])
     tiled = srgan.upscale(image, generator, config, tile=tile)
     assert whole.std() > 0.02 and tiled.shape == (1, 3, height * scale, width * scale)
     assert (tiled - whole).abs().max() <= 1.01 * LEVEL
 
 
 @pytest.mark.parametrize("preset", ["sharp", "report", "paper"])
+def test_pictures_are_true_to_lr_but_the_reports_and_the_papers_stay_theirs(preset, photo):
+    """What SR lacks of LR when it is made small again is added, in one step."""
+    generator, config = network(preset)
+    raw, sr = generator(photo), srgan.super_resolve(generator.train(), photo)
+    assert generator.training  # left as it was
+    if preset == "sharp":
+        raw = raw + srgan.bicubic(photo - srgan.bicubic(raw, (53, 47)), (212, 188))
+    assert torch.equal(sr, srgan.quantise(raw)) or preset != "sharp"
+    lost = [(srgan.bicubic(each, (53, 47)) - photo).square().mean() for each in (sr, srgan.quantise(generator.eval()(photo)))]
+    assert lost[0] < 0.5 * lost[1] if preset == "sharp" else lost[0] == lost[1]
+
+
+@pytest.mark.parametrize("preset", ["sharp", "report", "paper"])
 def test_tiles_need_their_overlap(preset, photo, monkeypatch):
     """The images above would show a seam: without an overlap they do."""
     generator, config = network(preset)
-    monkeypatch.setattr(srgan, "receptive_radius", lambda config: 0)
-    assert (srgan.upscale(photo, generator, config, tile=16) - srgan.quantise(generator(photo))).abs().max() > 10 * LEVEL
+    monkeypatch.setattr(srgan, "receptive_radius", lambda config: -4)  # the margin of the back-projection goes, too
+    assert (srgan.upscale(photo, generator, config, tile=16) - srgan.super_resolve(generator, photo)).abs().max() > 10 * LEVEL
 
 
 @pytest.mark.parametrize("scale", [2, 16])
@@ -63,13 +76,13 @@ def test_upscale_takes_any_size_and_gives_8_bit_levels(scale, size):
     torch.testing.assert_close(sr * 255, (sr * 255).round(), rtol=0, atol=1e-4)
 
 
-def test_upscale_bounds_what_the_network_sees_and_tells_how_far_it_is(photo):
+def test_upscale_bounds_what_the_network_sees_and_tells_how_far_it_is(photo, capfd):
     """No call gets more than a tile and its overlap, however large the photo."""
-    (generator, config), seen, shares = network("sharp", 2), [], []
+    (generator, config), seen = network("sharp", 2), []
     generator.register_forward_hook(lambda module, inputs, output: seen.append(max(inputs[0].shape[-2:])))
-    srgan.upscale(photo.repeat(1, 1, 3, 3), generator, config, tile=20, progress=shares.append)
-    assert max(seen) <= 20 + 2 * srgan.receptive_radius(config)
-    assert len(seen) == math.ceil(159 / 20) * math.ceil(141 / 20) and shares == [(n + 1) / len(seen) for n in range(len(seen))]
+    srgan.upscale(photo.repeat(1, 1, 3, 3), generator, config, tile=20)
+    assert max(seen) <= 20 + 2 * (srgan.receptive_radius(config) + 4)
+    assert len(seen) == math.ceil(159 / 20) * math.ceil(141 / 20) and "enlarging: 100%" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("trained, here, used", [("bf16", "bf16", True), ("fp32", "fp32", False), ("bf16", "fp32", False),
@@ -107,8 +120,8 @@ def test_evaluate_by_hand(measured, store):
     assert [row["name"] for row in rows] == store.names[:10]
     for index in (0, 7, 8, 9):
         lr, hr = srgan.make_pair(store.faces([index]), config)
-        for method, image in {"srgan": generator(lr), "bicubic": srgan.bicubic(lr, 64)}.items():
-            # rounded in float32, as by `quantise`: a tie that goes the other way in float64 moves the index by a thousandth
+        for method, image in {"srgan": srgan.super_resolve(generator, lr), "bicubic": srgan.bicubic(lr, 64)}.items():
+            # rounded in float32, as by `quantise`: a tie that goes the other way moves the index by a thousandth or two
             levels = [np.clip(np.round(each[0].numpy() * 255).astype(np.float64), 0, 255)[:, 4:60, 4:60] for each in (image, hr)]
             pair, row = torch.tensor(np.stack(levels) / 255, dtype=torch.float32), rows[index]
             found = [row[f"{method}_{metric}"] for metric in ("psnr_rgb", "psnr_y", "sharpness")]
@@ -116,14 +129,15 @@ def test_evaluate_by_hand(measured, store):
             for metric, images in (("ssim_rgb", pair), ("ssim_y", srgan._luma(pair))):
                 assert row[f"{method}_{metric}"] == pytest.approx(srgan.ssim(images[:1], images[1:]).item(), abs=1e-4)
             found = [row[f"{method}_checkerboard"], row["hr_checkerboard"]]
-            assert found == pytest.approx(srgan.checkerboard_index(pair).tolist(), rel=1e-3)
+            assert found == pytest.approx(srgan.checkerboard_index(pair).tolist(), rel=3e-3)
 
 
-def test_evaluate_of_bicubic_is_bicubic_and_what_is_too_small_is_refused(store):
-    """A network that adds nothing has bicubic's numbers."""
+def test_evaluate_of_bicubic_is_bicubic_and_what_is_too_small_is_refused(store, monkeypatch):
+    """A network that adds nothing has bicubic's numbers, where nothing is projected back."""
     generator, config = network("sharp", 2)
     generator.tail.weight.zero_()
     generator.tail.bias.zero_()
+    monkeypatch.setattr(srgan, "_back_project", lambda sr, lr, generator: sr)
     for row in srgan.evaluate(generator, config, store, store.indices("test")):
         for metric in ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y", "sharpness", "checkerboard"):
             assert row[f"srgan_{metric}"] == pytest.approx(row[f"bicubic_{metric}"], rel=1e-4)
@@ -151,7 +165,9 @@ def test_the_interval_of_many_values_is_the_normal_one(measured):
     gains = np.random.default_rng(5).normal(3, 2, 1000)
     for values, half in ((gains, 1.96 * gains.std() / math.sqrt(1000)), (gains[:1], 0)):
         rows = [measured[0][0] | {"bicubic_psnr_rgb": 0.0, "srgan_psnr_rgb": gain} for gain in values]
-        found, mean = srgan.summarise(rows, measured[2], "all")["gain"]["psnr_rgb"], values.mean()
+        summary = srgan.summarise(rows, measured[2], "all")
+        found, mean = summary["gain"]["psnr_rgb"], values.mean()
+        assert ("interval" in srgan.results_table(summary)) == (len(values) > 1)  # one face has none
         assert found == pytest.approx({"mean": mean, "low": mean - half, "high": mean + half}, abs=0.1 * half + 1e-5)
 
 
@@ -175,13 +191,13 @@ def test_stages_figure_shows_the_pixels_themselves_their_numbers_and_errors(meas
     axes = np.array(srgan.stages_figure({"SRGAN 4x": generator}, config, store.faces([2, 8]), True, None).axes).reshape(2, 5)
     assert [ax.get_title() for ax in axes[0]] == ["LR, 16 px", "bicubic", "SRGAN 4x", "HR, 64 px", "error, 4 times"]
     lr, hr = srgan.make_pair(store.faces([2, 8]), config)
-    columns = [lr.repeat_interleave(4, 2).repeat_interleave(4, 3), srgan.bicubic(lr, 64), generator(lr), hr]
+    columns = [lr.repeat_interleave(4, 2).repeat_interleave(4, 3), srgan.bicubic(lr, 64), srgan.super_resolve(generator, lr), hr]
     columns.append((srgan.quantise(columns[2]) - hr).abs() * 4)
     for number, (panels, row) in enumerate(zip(axes, (rows[2], rows[8]))):
-        for ax, images in zip(panels, columns):
+        for ax, images, most in zip(panels, columns, (1, 1, 1, 1, 4)):  # a level's rounding is four of the error's
             expected, (shown,) = images[number].mul(255).round().clamp(0, 255).permute(1, 2, 0).numpy(), ax.images
             assert shown.get_array().dtype == np.uint8 and shown.get_interpolation() == "nearest" and shown.get_clim() == (0, 255)
-            assert np.abs(np.asarray(shown.get_array(), dtype=int) - expected).max() <= 1
+            assert np.abs(np.asarray(shown.get_array(), dtype=int) - expected).max() <= most
         for ax, method in ((panels[1], "bicubic"), (panels[2], "srgan")):
             psnr, ssim, index = (float(each) for each in re.findall(r"\d+\.\d+", ax.get_xlabel()))
             assert (psnr, index) == pytest.approx((row[f"{method}_psnr_rgb"], row[f"{method}_checkerboard"]), abs=0.02)

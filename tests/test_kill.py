@@ -5,7 +5,6 @@
 Every third kill of a training also loses the machine: only the backup folder is left.
 """
 
-import csv
 import os
 import random
 import shutil
@@ -21,23 +20,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from torch import nn
+from conftest import SmallDiscriminator, final_state
 from tqdm import tqdm
 
 import srgan_utils as srgan
 
 # Saves after every update, so that many kills hit one
-CHANGES = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32",
+CHANGES = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32", "content": "pixel",
            "pretrain_steps": 12, "steps": 12, "ramp_steps": 4, "warmup_steps": 2, "save_steps": 1, "sample_steps": 99}
-
-
-class SmallDiscriminator(srgan.Discriminator):
-    """In its place where many checkpoints are written: they are a hundredth as large."""
-
-    def __init__(self, config):
-        nn.Module.__init__(self)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.LeakyReLU(0.2)) for channels in (3, 8))
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
 
 
 def in_child(work, seconds: float | None = None) -> bool:
@@ -57,35 +47,6 @@ def in_child(work, seconds: float | None = None) -> bool:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "a continued process failed"
     return not os.WIFSIGNALED(status)
-
-
-def rows(text: str) -> list[dict]:
-    """A history, but for the time that it took."""
-    return [row | {"seconds": ""} for row in csv.DictReader(text.splitlines())]
-
-
-def plain(value):
-    """Tensors as bytes, so that == compares bit for bit."""
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list) else value
-
-
-def final_state(folder: Path) -> dict:
-    """All that a run or a store leaves, but for the time that it took."""
-    found = {}
-    for path in (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"):
-        content = rows(path.read_text()) if path.name == "history.csv" else path.read_bytes()
-        if path.suffix == ".pt":
-            state = srgan.load_checkpoint(path)
-            content = plain(state | {"history": rows(state["history"]), "seconds": None})
-        elif path.suffix == ".safetensors":
-            generator, config, about = srgan.load_generator(path)
-            content = plain(dict(generator.state_dict())), config, about | {"seconds": None}
-        found[str(path.relative_to(folder))] = content
-    return found
 
 
 def kill(work, place: Path, kills: int, chance: random.Random) -> str:
@@ -118,12 +79,11 @@ def kill(work, place: Path, kills: int, chance: random.Random) -> str:
 
 def main(kills: int, seed: int = 0) -> None:
     srgan.Discriminator = SmallDiscriminator
-    torch.set_num_threads(1)  # forked processes cannot share OpenMP's threads
     with tempfile.TemporaryDirectory() as name:
         place, chance = Path(name), random.Random(seed)
         store, faces = srgan.prepare("synthetic", place / "small", limit=17), place / "faces"
         faces.mkdir()
-        for number in range(600):
+        for number in range(300):
             row = torch.rand(3, 1, 178, generator=srgan.seeded(number))
             srgan.save_image(row.expand(3, 218, 178), faces / f"{number:03}.jpg")
         for what, kills, work in (
@@ -133,10 +93,10 @@ def main(kills: int, seed: int = 0) -> None:
 
 
 def test_killed_processes_continue_as_if_nothing_had_happened():
-    result = subprocess.run([sys.executable, __file__, "8"], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, __file__, "4"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     training, preparing = result.stdout.splitlines()[-2:]
-    assert training.startswith("training: 8 kills, ") and preparing.startswith("preparing: 2 kills, ")
+    assert training.startswith("training: 4 kills, ") and preparing.startswith("preparing: 1 kills, ")
 
 
 if __name__ == "__main__":

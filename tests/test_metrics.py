@@ -21,27 +21,24 @@ def blurred(images, factor):
 # --- PSNR and SSIM
 
 
-def test_psnr_of_an_offset():
-    """An offset of d gives -20 log10(d), whatever the image's own range; identical images give inf."""
+def test_psnr_and_ssim_of_offsets_by_hand():
+    """An offset of d gives -20 log10(d), none inf. Without variance SSIM is (2 a b + c) / (a^2 + b^2 + c), c = 0.01^2."""
     hr = torch.rand(4, 3, 16, 16, generator=srgan.seeded(0)) * 0.4
     offsets = torch.tensor([0.1, 0.01, 0.5, 0.0]).view(4, 1, 1, 1)
     assert srgan.psnr(hr + offsets, hr).tolist() == pytest.approx([20, 40, 6.0206, math.inf], abs=1e-3)
-
-
-@pytest.mark.parametrize("metric", [srgan.psnr, srgan.ssim, srgan.sharpness])
-def test_metrics_are_per_image(metric, faces):
-    """One number for each image, the one it has alone: not the batch's."""
-    worse = torch.cat([blurred(faces[:2], 2), blurred(faces[2:4], 8)])
-    together, alone = metric(worse, faces[:4]), torch.cat([metric(worse[i:i + 1], faces[i:i + 1]) for i in range(4)])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    assert together[:2].min() > together[2:].max()
-
-
-def test_ssim_of_constant_images():
-    """Without variance, what remains is (2 a b + c) / (a^2 + b^2 + c), c = 0.01^2."""
     a, b = 0.3, 0.8
     value = srgan.ssim(torch.full((1, 1, 24, 24), a), torch.full((1, 1, 24, 24), b)).item()
     assert value == pytest.approx((2 * a * b + 1e-4) / (a * a + b * b + 1e-4), abs=5e-4)  # float32 leaves some variance
+
+
+@pytest.mark.parametrize("metric", [srgan.psnr, srgan.ssim, srgan.sharpness])
+def test_metrics_are_per_image_and_fall_with_blur(metric, faces):
+    """One number for each image, the one it has alone: not the batch's. The more is lost, the lower."""
+    worse = torch.cat([blurred(faces[:2], 2), blurred(faces[2:4], 8)])
+    together, alone = metric(worse, faces[:4]), torch.cat([metric(worse[i:i + 1], faces[i:i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    values = torch.stack([metric(faces, faces)] + [metric(blurred(faces, factor), faces) for factor in (2, 4, 8)])
+    assert (values[:-1] > values[1:]).all()
 
 
 def reference_ssim(a, b):
@@ -60,25 +57,16 @@ def reference_ssim(a, b):
 
 
 def test_ssim_is_wangs(faces):
-    """On luma and as the mean over channels."""
-    y, worse = srgan._luma(faces[:2]), srgan._luma(blurred(faces[:2], 4))
-    assert srgan.ssim(worse, y).tolist() == pytest.approx([reference_ssim(a[0], b[0]) for a, b in zip(worse, y)], abs=5e-4)
+    """As the mean over channels."""
     rgb = [sum(reference_ssim(a, b) for a, b in zip(*images)) / 3 for images in zip(blurred(faces[:2], 4), faces[:2])]
     assert srgan.ssim(blurred(faces[:2], 4), faces[:2]).tolist() == pytest.approx(rgb, abs=5e-4)
 
 
-def test_blur_is_ordered(faces):
-    """The more is lost, the lower every metric; 1 or inf where nothing is."""
-    assert srgan.ssim(faces, faces).tolist() == pytest.approx([1.0] * 6, abs=1e-4)
-    for metric in (srgan.psnr, srgan.ssim, srgan.sharpness):
-        values = torch.stack([metric(faces, faces)] + [metric(blurred(faces, factor), faces) for factor in (2, 4, 8)])
-        assert (values[:-1] > values[1:]).all()
-
-
-def test_sharpness(faces):
-    """1 for itself, below for blurred, above for noisy; contrast counts squared."""
+def test_sharpness_of_noise_and_of_less_contrast(faces):
+    """1 for itself, as SSIM; below for blurred, above for noisy; contrast counts squared."""
     noise = torch.randn(faces.shape, generator=srgan.seeded(0)) * 0.05
-    assert srgan.sharpness(faces, faces).tolist() == pytest.approx([1.0] * 6)
+    for metric in (srgan.sharpness, srgan.ssim):
+        assert metric(faces, faces).tolist() == pytest.approx([1.0] * 6, abs=1e-4)
     assert srgan.sharpness(blurred(faces, 4), faces).max() < 0.9 and srgan.sharpness(faces + noise, faces).min() > 1.1
     assert srgan.sharpness(faces * 0.5, faces).tolist() == pytest.approx([0.25] * 6)
 
@@ -108,19 +96,16 @@ def test_checkerboard_index_rises_with_a_grid(faces, kind, period):
     assert means == sorted(set(means)) and means[-1] > 1.5 * means[0]
 
 
-def test_checkerboard_index_is_per_image(faces):
-    """And a grid in one image raises none of the others."""
+def test_checkerboard_index_is_per_image_and_measures_what_is_large_enough(faces):
+    """A grid in one image raises none of the others. From 32 px; 0 of a flat image."""
     images = faces.clone()
     images[2] += 8 / 255 * grid("checker", 2)
     before, after = srgan.checkerboard_index(faces), srgan.checkerboard_index(images)
     assert after[2] > 3 * before[2]
     torch.testing.assert_close(after[[0, 1, 3, 4, 5]], before[[0, 1, 3, 4, 5]])
-
-
-@pytest.mark.parametrize("size, measured", [((31, 200), False), ((200, 31), False), ((32, 32), True), ((39, 77), True)])
-def test_checkerboard_index_of_small_and_of_flat_images(size, measured):
-    index = srgan.checkerboard_index(torch.rand(2, 3, *size, generator=srgan.seeded(0)))
-    assert index.shape == (2,) and (index.isfinite() if measured else index.isnan()).all()
+    for size, measured in (((31, 200), False), ((200, 31), False), ((32, 32), True), ((39, 77), True)):
+        index = srgan.checkerboard_index(torch.rand(2, 3, *size, generator=srgan.seeded(0)))
+        assert index.shape == (2,) and (index.isfinite() if measured else index.isnan()).all()
     assert srgan.checkerboard_index(torch.full((1, 3, 64, 64), 0.5)).item() < 0.1
 
 

@@ -1,13 +1,20 @@
-"""What the notebooks show of networks: costs of layers, receptive fields, shapes on the way, source code."""
+"""What the notebooks show of networks: costs of layers, receptive fields, shapes on the way, source code; what they measure."""
 
+import ast
 import inspect
+import json
+import os
+from pathlib import Path
 
 import IPython.display
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import srgan_utils as srgan
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
 def made(preset="sharp", scale=4, **changes):
@@ -38,17 +45,17 @@ def test_costs_of_a_small_generator_by_hand():
 @pytest.mark.parametrize("preset", ["report", "paper", "sharp", "demo"])
 def test_costs_add_up_to_the_totals_and_keep_the_mode(preset):
     config, generator, discriminator = made(preset)
-    for model, side in ((generator, 16), (discriminator, config.patch)):
-        x = torch.empty(1, 3, side, side, device="meta")
-        costs = srgan.layer_costs(model, x)
+    small, patch = (torch.empty(1, 3, side, side, device="meta") for side in (16, config.patch))
+    for model, inputs in ((generator, [small]), (discriminator, [patch, small])):
+        costs = srgan.layer_costs(model, *inputs)
         parameters, multiplications = map(sum, zip(*costs.values()))
         assert model.training and parameters == srgan.count_parameters(model)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(x)
+            model.eval()(*inputs)
         assert multiplications == counter.get_total_flops() // 2
         assert all(own > 0 and count > 0 for name, (own, count) in costs.items() if name != "all else")
         if preset == "sharp" and model is generator:  # the blur: 9 for each value, and 4 for each of its kernel's own 9
-            assert costs["all else"][1] == 9 * 64 * 16 * 16 * (4 + 16) + 2 * 4 * 9
+            assert costs["all else"][1] == 9 * 16 * 16 * (4 * 48 + 16 * 24) + 2 * 4 * 9
 
 
 @pytest.mark.parametrize("preset, upsampling", [("report", "shuffle"), ("paper", "shuffle"), ("sharp", "shuffle"),
@@ -86,3 +93,131 @@ def test_source_is_shown_as_it_stands_in_the_file(monkeypatch):
     srgan.show_source(srgan.ResidualBlock, srgan.pixel_loss)
     assert [each.data for each in shown] == [f"```python\n{inspect.getsource(each)}```"
                                              for each in (srgan.ResidualBlock, srgan.pixel_loss)]
+
+
+# --- What the notebooks measure, by functions of their own
+
+
+def run_cell(stem: str, ident: str, functions_only: bool = False, **given) -> dict:
+    """The names that a notebook's cell defines, with what other cells would have given it."""
+    (cell,) = [cell for cell in json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text())["cells"] if cell["id"] == ident]
+    tree = ast.parse("".join(cell["source"]))
+    if functions_only:
+        tree.body = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.Import, ast.ImportFrom))]
+    names = {"srgan": srgan, "torch": torch} | given
+    exec(compile(tree, ident, "exec"), names)
+    return names
+
+
+def functions_of(stem: str, ident: str, **given) -> dict:
+    return run_cell(stem, ident, functions_only=True, **given)
+
+
+def test_the_newest_picture_is_found_whatever_its_name(tmp_path):
+    newest_photo = functions_of("04_compare", "04-newest")["newest_photo"]
+    assert newest_photo(tmp_path)[1] is None
+    photo = srgan.synthetic_face(1)
+    srgan.save_image(photo, tmp_path / "old.png")
+    (tmp_path / "old.png").rename(tmp_path / "old")
+    srgan.save_image(1 - photo, tmp_path / "older.png")
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (tmp_path / "a folder.jpg").mkdir()
+    for age, name in enumerate(("a folder.jpg", ".DS_Store", "old", "older.png")):
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    name, found = newest_photo(tmp_path)
+    assert name == "old" and found.equal(photo)
+    for name in ("old", "older.png"):
+        (tmp_path / name).unlink()
+    assert newest_photo(tmp_path)[1] is None
+
+
+def test_interval_of_the_blind_test_is_wilsons():
+    """Against the values of published tables, and by its definition: at its ends the share is 1.96 deviations away."""
+    interval = functions_of("04_compare", "quiz-score")["interval"]
+    assert interval(7, 10) == pytest.approx((0.3968, 0.8922), abs=1e-4)
+    assert interval(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    for right, asked in ((1, 4), (5, 10), (9, 10)):
+        for end in interval(right, asked):
+            assert abs(right / asked - end) == pytest.approx(1.96 * (end * (1 - end) / asked) ** 0.5)
+
+
+def test_the_blind_test_knows_which_ones_are_real(store, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(srgan, "show_images", lambda images, *_, **__: drawn.extend(images))
+    monkeypatch.setattr(srgan, "show", lambda *_: None)
+    test, black = np.arange(20), lambda network, lr: torch.zeros(len(lr), 3, 176, 176)
+    given = {"store": store, "test": test, "config": srgan.Config(), "enlarged": black, "mixture": None,
+             "verdict": lambda answers, truths: ""}
+    truths = run_cell("04_compare", "quiz", **given)["truths"]
+    is_real = [image.sum().item() > 0 for image in drawn]
+    assert len(truths) == 10 and set(truths) == {"L", "R"}
+    assert list(zip(is_real[::2], is_real[1::2])) == [(truth == "L", truth == "R") for truth in truths]
+
+
+def test_verdict_of_the_blind_test():
+    verdict = functions_of("04_compare", "quiz-score")["verdict"]
+    told = verdict("LLRL", "LLRR")
+    assert told.startswith("3 of 4 right; 95 % interval of your share: 30% to 95%.") and told.endswith("LLRR")
+    for unanswered in ("", "LLR", "LLR?", "LLRRL", "1234"):
+        assert verdict(unanswered, "LLRR") == "4 answers, L or R, are needed."
+
+
+def test_buttons_of_the_blind_test_tell_the_verdict():
+    names = run_cell("04_compare", "quiz-buttons", truths="LRR", verdict=lambda answers, truths: f"{answers} of {truths}")
+    for choice, letter in zip(names["choices"], "LLR", strict=True):
+        choice.value = letter
+    assert names["outcome"].value == "LLR of LRR"
+
+
+def test_one_step_of_back_projection_comes_nearer_to_lr():
+    back_projected = functions_of("04_compare", "consistency")["back_projected"]
+    hr = srgan.synthetic_face(2)[..., 1:-1, 1:-1]
+    lr = srgan.quantise(srgan.bicubic(hr, 44))
+    sr = srgan.bicubic(lr, 176)
+    before, after = (srgan.psnr(srgan.bicubic(each, 44), lr).item() for each in (sr, back_projected(sr, lr)))
+    assert after > before + 6  # half of the error
+    assert back_projected(hr, srgan.bicubic(hr, 44)).equal(srgan.quantise(hr))  # nothing to move
+
+
+def test_energy_is_where_the_frequency_is():
+    functions = functions_of("03_train", "03-energy")
+    wave = (torch.arange(64) * torch.pi / 4).cos().expand(2, 3, 64, 64)  # of 8 px
+    power = functions["energy"](wave)
+    assert divmod(power[:, :32].argmax().item(), 32) == (0, 8) and power[2:-2].sum() < 1e-6 * power.sum()
+    assert torch.allclose(functions["energy"](3 * wave + 0.5), 9 * power, rtol=1e-3, atol=1e-2)
+
+
+def test_spectra_are_one_where_the_network_gives_hr(store):
+    config = srgan.Config(hr_size=64)
+    faces = store.faces([0, 1])
+    oracle = srgan.Generator(srgan.Config.preset("report", channels=4, residual_blocks=1))
+    oracle.forward = lambda lr: srgan.make_pair(faces, config)[1]
+    energies, hr, frequency = functions_of("03_train", "03-energy")["spectra"]({"oracle": oracle}, config, faces)
+    assert energies["oracle"].equal(hr) and frequency.max() == pytest.approx(0.5 ** 0.5) and frequency[0, 0] == 0
+    fine = frequency > 1 / 8  # beyond LR
+    assert energies["bicubic"][fine].sum() < 0.5 * hr[fine].sum()
+
+
+def test_the_discriminator_is_asked_about_the_same_places(store, tiny_run):
+    contest = functions_of("03_train", "03-contest")["contest"]
+    saved = srgan.newest_checkpoint(tiny_run / "ckpt")
+    config, faces = srgan.Config.from_dict(saved["config"]), store.faces(store.indices("test"))
+    real, fake = contest(saved, faces)
+    judge, player = srgan.Discriminator(config).eval(), srgan.Generator(config).eval()
+    judge.load_state_dict(saved["discriminator"])
+    player.load_state_dict(saved["generator"])
+    lr, hr = srgan.make_pair(faces, config)
+    with torch.no_grad():
+        for found, images in ((real, hr), (fake, player(lr))):
+            assert torch.allclose(found, torch.cat([verdicts.flatten() for verdicts in judge(images, lr)]))
+    real, fake = contest(saved | {"config": saved["config"] | {"patch_size": 16}}, faces)  # the middle of each
+    with torch.no_grad():
+        wanted = judge(hr[..., 8:24, 8:24], lr[..., 2:6, 2:6])
+    assert torch.allclose(real, torch.cat([verdicts.flatten() for verdicts in wanted]))
+
+
+def test_beyond_the_receptive_field_nothing_changes_the_centre(store):
+    """By the shipped network for 2x, with radius 22: a swap of all but 23 px is not seen, one of all but the centre is."""
+    names = functions_of("02_model", "02-swap", store=store, test=store.indices("test"))
+    changes, radius = names["change_at_the_centre"](2, (0, 23))
+    assert radius == 22 and changes[23] < 1e-3 and changes[0] > 1

@@ -7,7 +7,7 @@ from datetime import datetime
 
 import ipywidgets
 import pytest
-from conftest import TINY
+from conftest import TINY, SmallDiscriminator
 
 import srgan_utils as srgan
 
@@ -21,11 +21,12 @@ def displays(monkeypatch):
         return namedtuple("Handle", "update")(lambda what, history=shown[-1]: history.append(what.data))
 
     monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr(srgan, "Discriminator", SmallDiscriminator)
     return shown
 
 
-def test_the_live_view_tells_how_far_it_is_and_is_redrawn_in_place(store, tmp_path, displays):
-    events = srgan.train(store, tmp_path / "r", "sharp", TINY, backup=tmp_path / "b")
+def test_the_live_view_and_the_text_bar_tell_how_far_it_is_and_are_redrawn_in_place(store, tmp_path, displays, capsys):
+    events = srgan.progress_bar(srgan.train(store, tmp_path / "r", "sharp", TINY, backup=tmp_path / "b"))
     seen = [(event.step, displays[0][-1]) for event in srgan.watch(events, tmp_path / "r")]
     status, curves, strip = displays  # one display each, whatever happens
     assert seen[0][0] == 1 and seen[-1][0] == 6 and len(status) == 1 + len(seen) >= 5
@@ -34,6 +35,7 @@ def test_the_live_view_tells_how_far_it_is_and_is_redrawn_in_place(store, tmp_pa
     assert "checkpoint: none yet" in seen[0][1] and "checkpoint: update 2, " in seen[1][1]
     assert "update 6 of 6" in status[-1] and "checkpoint: update 6, " in status[-1] and "backup: update " in "".join(status)
     assert 'alt="loss curves up to update 6"' in curves[-1] and len(strip) >= 3 and 'alt="update-0000006, a row for' in strip[-1]
+    assert re.search(r"100%\|.*\| adversarial: update 6 of 6.* img/s", capsys.readouterr().err)
 
 
 def test_a_view_that_is_stopped_says_where_and_goes_on_with_the_strip_of_before(store, tmp_path, displays):
@@ -45,12 +47,6 @@ def test_a_view_that_is_stopped_says_where_and_goes_on_with_the_strip_of_before(
     assert f"continues at update {last.step} of 6" in displays[0][-1] and 'alt="update-' in displays[2][-1]
     events.close()  # leaving it saves
     assert srgan.newest_checkpoint(run / "ckpt")["update"] == first.step > last.step
-
-
-def test_the_text_bar_passes_every_event_on(store, tmp_path, capsys):
-    events = list(srgan.train(store, tmp_path / "r", "sharp", TINY))
-    assert list(srgan.progress_bar(event for event in events)) == events
-    assert re.search(r"100%\|.*\| adversarial: update 6 of 6.* img/s", capsys.readouterr().err)
 
 
 def test_the_zip_holds_what_one_keeps_and_no_checkpoint(tiny_run, tmp_path):
