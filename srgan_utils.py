@@ -568,9 +568,10 @@ class Generator(nn.Module):
             ResidualBlock(channels, norm, dilation) for dilation in _dilations(config)))
         self.merge = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1), *_norm(channels, norm))
-        self.upsample, own = nn.ModuleList(), 1 if config.shared_upsampling else config.stages
-        for _ in range(own):
-            out = max(channels // 2, min(channels, 16)) if config.taper else channels
+        self.upsample, shared = nn.ModuleList(), config.shared_upsampling
+        for _ in range(1 if shared else config.stages):
+            tapers = config.taper and not shared  # what fits itself has one width
+            out = max(channels // 2, min(channels, 16)) if tapers else channels
             self.upsample.append(UpsampleBlock(channels, config.upsampling, config.icnr, out))
             channels = out
         self.tail = nn.Conv2d(channels, 3, kernel, padding=kernel // 2)
