@@ -802,6 +802,8 @@ def adversarial_loss(fake: Sequence[Tensor], kind: str) -> Tensor:
 def discriminator_loss(real: Sequence[Tensor], fake: Sequence[Tensor], kind: str) -> Tensor:
     """What the discriminator wants of its verdicts: real ones 1, generated ones 0 (Eq. 2)."""
     return _verdict_loss(real, 1, kind) + _verdict_loss(fake, 0, kind)
+
+
 # --------------------------------------------------------------------------------------------------
 # 6. Updates: the networks of a run in memory, and one update of each. No file, no clock
 # --------------------------------------------------------------------------------------------------
@@ -1000,6 +1002,8 @@ def _one_update(state: TrainState, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         _update_ema(state.ema, state.generator, min(config.ema, (1 + step) / (10 + step)))
     state.update += 1
     return losses
+
+
 # --------------------------------------------------------------------------------------------------
 # 7. Metrics: one number per image; the mean comes last
 # --------------------------------------------------------------------------------------------------
@@ -2022,6 +2026,8 @@ def find_generators(scale: int, *folders: str | Path) -> list[Path]:
         with contextlib.suppress(ValueError, OSError):  # of another scale, damaged, not there
             found.append((load_generator(path, scale)[1].preset_name == "demo", path))
     return [path for _, path in sorted(found, key=lambda pair: pair[0])]
+
+
 # --------------------------------------------------------------------------------------------------
 # 11. Inference: any photo, tile by tile, by any factor
 # --------------------------------------------------------------------------------------------------
@@ -2475,6 +2481,7 @@ class Progress:
 
 
 _FREE_TO_CHANGE = {"steps", "save_steps", "save_minutes", "sample_steps", "precision"}
+# The columns of history.csv: `step`, then what the three steps of section 6 return
 _HISTORY = ("step", "stage", "seconds", "learning_rate", "g_loss", "pixel", "content",
             "adversarial", "weighted_content", "weighted_adversarial", "d_loss", "d_real", "d_fake")
 
@@ -2649,7 +2656,6 @@ class _Run:
         state = self.state
         if state.update == self.saved_update:
             return
-        self.saved_update, self.saved_at = state.update, time.time()
         if self.first:
             self.export("generator")  # first: a run that has ended is not saved again
             _save_checkpoint(self.folder / "ckpt", {
@@ -2657,6 +2663,7 @@ class _Run:
                 "store": self.store.fingerprint,
                 "history": (self.folder / "history.csv").read_text(encoding="utf-8"),
                 **{name: part.state_dict() for name, part in state.parts().items()}})
+        self.saved_update, self.saved_at = state.update, time.time()
         if self.backup:
             self.backup.submit(self.folder, state.update)
 
@@ -2837,6 +2844,8 @@ def reproduce_report(store: FaceStore, folder: str | Path, changes: dict | None 
         lines.append(f"\n{name}, {about['seconds'] / 60:.1f} minutes\n{table}")
     _write_atomically(folder / "stages.txt", ("\n".join(lines) + "\n").encode())
     stages_figure(networks, config, store.faces(test[:2])).savefig(folder / "stages.png", dpi=80)
+
+
 # --------------------------------------------------------------------------------------------------
 # 15. Notebook aids: source code, the live view, uploads, the upscale factor by hand
 # --------------------------------------------------------------------------------------------------

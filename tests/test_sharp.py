@@ -153,6 +153,22 @@ def test_the_papers_rate_falls_to_a_tenth_half_way_through_the_adversarial_stage
     assert rates == pytest.approx([1e-4] * 20 + [1e-5] * 10)
 
 
+def test_the_paper_warns_where_its_epochs_are_too_few_to_show_anything(store, tmp_path):
+    """And names the absolute numbers."""
+    events = srgan.train(store, tmp_path, "paper", TINY | {"discriminator": "places"})
+    assert "6 updates show little; the paper did 1,000,000 and then 200,000" in " ".join(next(events).notes)
+
+
+def test_lpips_is_asked_of_the_network_that_is_named(store, tiny_run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(srgan, "lpips", lambda sr, hr, net: asked.append(net) or torch.zeros(len(sr)))
+    generator, config, _ = srgan.load_generator(tiny_run / "generator.safetensors")
+    row, = srgan.evaluate(generator, config, store, [0], "squeeze")
+    assert asked == ["squeeze"] * 2 and row["srgan_lpips"] == row["bicubic_lpips"] == 0
+    assert srgan.main(["compare", "--store", str(store.folder), "--out", str(tiny_run / "c"), "--run", str(tiny_run), "--count", "1",
+                       "--lpips"]) == 0 and asked[2:] == ["alex"] * 2
+
+
 # --- LR as the web makes it
 
 
