@@ -22,7 +22,8 @@ ROOT = Path(srgan.__file__).parent
 
 
 def ship(source: Path, target: Path, store: srgan.FaceStore, data: str) -> None:
-    generator, config, about = srgan.load_generator(source)
+    generator, _, about = srgan.load_generator(source)
+    config = srgan.Config.from_dict(about["config"])
     srgan.export_generator(target, generator.half(), config)
     shipped, _, _ = srgan.load_generator(target)  # as its users will have it
     metrics = srgan.summarise(srgan.evaluate(shipped, config, store, store.indices("test")), config, "test")
