@@ -563,6 +563,7 @@ class Generator(nn.Module):
         channels, kernel, norm = config.channels, config.kernel_size, config.batch_norm
         self.scale, self.stages = config.scale, config.stages
         self.output, self.skip = config.output, config.skip
+        self.true_to_lr = config.skip and not config.degrade  # see `super_resolve`
         self.head = nn.Sequential(nn.Conv2d(3, channels, kernel, padding=kernel // 2), nn.PReLU())
         self.blocks = nn.Sequential(*(
             ResidualBlock(channels, norm, dilation) for dilation in _dilations(config)))
@@ -1945,7 +1946,7 @@ _GENERATOR_FIELDS = {
     "preset_name": "sharp", "scale": 4, "crop": 176, "hr_size": 176, "channels": 64,
     "residual_blocks": 8, "dilation": 1, "taper": False, "kernel_size": 3, "batch_norm": 0.0,
     "shared_upsampling": False, "upsampling": "shuffle", "skip": True, "output": "linear",
-    "precision": "auto",
+    "degrade": False, "precision": "auto",
 }
 
 
@@ -2037,9 +2038,12 @@ _TILE = 8192          # px of SR along a tile's side, times the root of the chan
 
 
 def _back_project(sr: Tensor, lr: Tensor, generator: Generator) -> Tensor:
-    """SR, and what it lacks of LR when it is made small again (Irani & Peleg 1991), for networks
-    with a bicubic skip: the report's and the paper's stay what they are."""
-    if not generator.skip:
+    """SR, and what it lacks of LR when it is made small again (Irani & Peleg 1991).
+
+    Not for the report's and the paper's networks, which stay what they are, nor for those that
+    learned from damaged LR: they must not bring its noise back.
+    """
+    if not generator.true_to_lr:
         return sr
     return sr + bicubic(lr - bicubic(sr, lr.shape[-2:]), sr.shape[-2:])
 

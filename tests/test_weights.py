@@ -44,7 +44,7 @@ def test_the_network_for_photos_gains_where_the_usual_one_loses(tmp_path, capsys
     plain, usual, photo = (srgan.psnr(each, hr).mean() for each in (
         srgan.quantise(srgan.bicubic(lr, 176)), *(srgan.super_resolve(srgan.load_generator(shipped(4, kind))[0], lr)
                                                   for kind in ("", "-photo"))))
-    assert photo > plain > usual + 0.4
+    assert photo > plain + 0.4 > usual + 0.8
     srgan.save_image(lr[:1], tmp_path / "face.png")
     assert srgan.main(["upscale", str(tmp_path / "face.png"), "--out", str(tmp_path), "--photo"]) == 0
     assert f"weights: {shipped(4, '-photo')}" in capsys.readouterr().out
