@@ -143,6 +143,7 @@ class Newcomer:
             folder.mkdir(parents=True)
         self.loud = 'raise SystemExit("imported before it is needed")'
         (self.stubs / "torchmetrics" / "__init__.py").write_text(self.loud)
+        (self.stubs / "pip" / "__init__.py").touch()  # or the environment's own pip, if it has one, comes first
         (self.stubs / "pip" / "__main__.py").write_text("import sys; print('pip', sys.argv[1:])")
         self.environment = {"PATH": os.environ["PATH"], "HOME": str(place), "PYTHONPATH": str(self.stubs),
                             "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{self.github}/.insteadOf",

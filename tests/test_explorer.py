@@ -69,7 +69,7 @@ def test_networks_are_listed_newest_first_then_the_shipped_one_then_demos(weight
         (tmp_path / place / "generator.safetensors").write_bytes(source.read_bytes())
         os.utime(tmp_path / place / "generator.safetensors", (1e9 + age, 1e9 + age))
     found = [path.resolve().parent.name for path in srgan.find_generators(4, tmp_path / "drive", tmp_path / "missing")]
-    assert found == ["b", "a", "weights", "demo"]
+    assert found == ["b", "a", "weights", "weights", "demo"]  # the last but one: for compressed photos
 
 
 def test_panels_of_a_picture_that_is_shrunk_first_and_of_one_that_is_the_lr(weights):
@@ -166,7 +166,8 @@ def test_it_opens_with_what_the_plain_functions_make_and_each_control_changes_it
     assert [alt.split(": ")[-1] for alt, _ in images_in(drive.explorer.line.value)] == ["HR", "SRGAN"]
     network = drive.explorer.controls["Network"]
     drive("Upscale factor", "4x")
-    assert [label.split("/")[-2:] for label, _ in network.options] == [["4", "generator"], ["weights", "srgan-x4"]]
+    assert [label.split("/")[-2:] for label, _ in network.options] == [
+        ["4", "generator"], ["weights", "srgan-x4"], ["weights", "srgan-x4-photo"]]
     assert drive("Network", network.options[1][1]) and drive.explorer.picture.value not in seen
 
 
