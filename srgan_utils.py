@@ -1577,7 +1577,8 @@ def _square(source: _Source, name: str) -> tuple[np.ndarray | None, bool, str]:
     size = [round(side * _SIDE / short) for side in image.size]
     left, top = ((side - _SIDE) // 2 for side in size)
     image = image.resize(size, resample=3)  # bicubic; one of that size stays as it is
-    return np.asarray(image.crop((left, top, left + _SIDE, top + _SIDE))), short < _SIDE, ""
+    square = np.asarray(image)[top:top + _SIDE, left:left + _SIDE]  # Pillow's crop has limits
+    return square, short < _SIDE, ""
 
 
 class FaceStore:
