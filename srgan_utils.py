@@ -191,7 +191,7 @@ class Config:
     pixel_weight: float = 1.0
     vgg: str = "imagenet"             # VGG19's weights; random; or a file of VGG19's or VGG16's
     vgg_layers: str = "conv2,conv3,conv4"  # conv, relu or pool, and of which block: see VGGFeatures
-    vgg_rescale: float = 0.0          # features are divided by it (§3.2); 0: by HR's mean magnitude
+    vgg_rescale: float = 0.0          # features are divided by it (§3.2); 0: by HR's own magnitude
     vgg_window: int | None = 80       # px of HR, anywhere, that VGG sees; None: all
     adversarial: Literal["least_squares", "bce"] = "least_squares"
     adversarial_weight: float = 0.3
@@ -915,7 +915,7 @@ def _step_optimizer(state: TrainState, optimizer: torch.optim.Optimizer, loss: T
 
 
 def pretrain_step(state: TrainState, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-    """One update of the generator alone, by the pixel loss: SRResNet (§3.2). Returns its losses."""
+    """One update of the generator alone, by the pixel loss: SRResNet (§3.2). Its losses."""
     with state.autocast():
         sr = state.parallel_generator(lr)
     loss = pixel_loss(sr, hr, state.config.distance)
@@ -1978,7 +1978,7 @@ def load_generator(path: str | Path, scale: int | None = None,
     """The generator in `path`, in eval mode on the CPU, its config, and what its header says.
 
     amount: from 0, its faithful parent, to 1, the sharp one itself; between them every weight is
-    mixed (ESRGAN, arXiv:1809.00219, §3.4). FileNotFoundError if there is no such file or no parent;
+    mixed (ESRGAN, arXiv:1809.00219, §3.4). FileNotFoundError if the file or its parent is missing;
     ValueError if it is damaged, not ours, or not of the `scale` asked for.
     """
     from safetensors import safe_open
