@@ -72,7 +72,7 @@ from torch import Tensor, distributed, nn
 
 def _suggest(word: str, words: Sequence[str]) -> str:
     """The end of an error message: the nearest of `words`, or all of them where none is near."""
-    close = difflib.get_close_matches(str(word)[:99], words, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, words)
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(words)}"
 
 
@@ -88,77 +88,60 @@ _RANGES = {
 
 def _checked(name: str, hint: type, value):
     """`value`, or its text on a command line, as field `name` of type `hint`; else ValueError."""
-    text, kinds = str(value)[:80], get_args(hint) or (hint,)
-    kind = kinds[0]
+    text, kinds = str(value), get_args(hint) or (hint,)
+    if hint is str:
+        return text
     if type(None) in kinds and text.lower() == "none":
         return None
-    if not isinstance(kind, type):  # a Literal: a choice of these
-        choices = {str(choice): choice for choice in kinds}
-        if text not in choices:
-            word = text if isinstance(kind, str) else ""  # no number is near another's name
+    if kinds[0] not in (int, float):  # a bool, or a Literal
+        choices = {str(choice).lower(): choice for choice in get_args(hint) or (True, False)}
+        if text.lower() not in choices:
+            word = text if text.isalpha() else ""  # no number is near another's name
             raise ValueError(f"{name}={text}: {_suggest(word, list(choices))}")
-        return choices[text]
-    if kind is str:
-        return str(value)
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        number = kind(float(text))
-        if kind is bool or number != float(text):
-            raise ValueError
-    except (ValueError, OverflowError):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise ValueError(f"{name}={text} must be {wanted}") from None
+        return choices[text.lower()]
     low, high = _RANGES.get(name, (0, 1e9))
-    if not low <= number <= high:
-        nearest = high if number > high else low
-        raise ValueError(f"{name}={text} is out of range; the nearest valid: {nearest:.12g}")
-    return number
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high or (kinds[0] is int and number % 1):
+        kind = "a whole number" if kinds[0] is int else "a number"
+        raise ValueError(f"{name}={text} must be {kind} from {low:.12g} to {high:.12g}")
+    return kinds[0](number)
 
 
-# The discriminator and the losses of Fig. 4, which `report` and `paper` share
-_FIG4 = dict(
-    kernel_size=9, upsampling="shuffle", icnr=False, skip=False, taper=False, dilation=1,
-    discriminator="dense", pixel_weight=0.0, vgg_window=None, adversarial_weight=1e-3,
-    ramp_steps=0, learning_rate=1e-4, discriminator_rate=1.0, beta2=0.999, warmup_steps=0, ema=0.0,
+# Ledig et al.: 10^6 updates of pre-training and 2 x 10^5 adversarial ones on 350,000 images, as
+# epochs, so that they scale with the data (§3.2). Our own: ImageNet-normalised inputs, a final
+# tanh, mirrored faces
+_PAPER = dict(
+    crop=178, hr_size=128, patch_size=96, channels=64, residual_blocks=16, dilation=1, taper=False,
+    kernel_size=9, batch_norm=0.1, upsampling="shuffle", icnr=False, skip=False, output="tanh",
+    discriminator="dense", distance="mse", vgg_layers="relu5", vgg_rescale=12.75, vgg_window=None,
+    pixel_weight=0, adversarial="bce", adversarial_weight=1e-3, ramp_steps=0, batch_size=16,
+    learning_rate=1e-4, discriminator_rate=1, pretrain_learning_rate=1e-4, beta2=0.999, ema=0,
+    warmup_steps=0, decay="step", pretrain_steps=None, steps=None, pretrain_epochs=46, epochs=9,
 )
-_PRESETS = {
-    # The course report: 20,000 faces of CelebA (`prepare celeba --limit 20000`). Its code ran in
-    # fp32; `precision=fp32` does so here. Where its text and its code differ, this follows the
-    # text: LR comes from the HR of 256 px (its code took the crop of 144), 3 epochs (its code
-    # said 50, and was stopped), evaluation by running statistics, one bicubic for all.
-    "report": _FIG4 | dict(
-        crop=144, hr_size=256, patch_size=None, flip=False, channels=64, residual_blocks=5,
-        batch_norm=0.8, shared_upsampling=True, output="report", vgg_layers="pool3",
-        vgg_rescale=1.0, batch_size=8, learning_rate=1e-5, beta1=0.5, decay="none",
-        pretrain_steps=0, steps=None, epochs=3.0,
-    ),
-    # Ledig et al.: 10^6 updates of pre-training and 2 x 10^5 adversarial ones on 350,000 images
-    # (§3.2), as epochs, so that they scale with the data. Its own: ImageNet-normalised inputs, a
-    # final tanh, mirrored faces
-    "paper": _FIG4 | dict(
-        crop=178, hr_size=128, patch_size=96, channels=64, residual_blocks=16, batch_norm=0.1,
-        output="tanh", distance="mse", vgg_layers="relu5", vgg_rescale=12.75, adversarial="bce",
-        batch_size=16, decay="step", pretrain_learning_rate=1e-4, pretrain_steps=None,
-        pretrain_epochs=46.0, steps=None, epochs=9.0,
-    ),
-    "sharp": {},
-    # Minutes on two CPU cores, without VGG
-    "demo": dict(
-        hr_size=96, patch_size=48, channels=32, residual_blocks=4, taper=False, dilation=1,
-        content="pixel", pretrain_steps=1_600, steps=250, adversarial_weight=0.02, ramp_steps=100,
-        warmup_steps=50, ema=0.99, batch_size=16, learning_rate=1e-4, pretrain_learning_rate=1e-3,
-        save_steps=500, sample_steps=200,
-    ),
-}
+# The course report: 20,000 faces of CelebA (`prepare celeba --limit 20000`). Its code ran in fp32;
+# `precision=fp32` does so here. Where its text and its code differ, this follows the text: LR comes
+# from the HR of 256 px (its code took the crop of 144), 3 epochs (its code said 50, and was
+# stopped), evaluation by running statistics, one bicubic for all
+_REPORT = _PAPER | dict(
+    crop=144, hr_size=256, patch_size=None, flip=False, residual_blocks=5, batch_norm=0.8,
+    shared_upsampling=True, output="report", distance="l1", vgg_layers="pool3", vgg_rescale=1,
+    adversarial="least_squares", batch_size=8, learning_rate=1e-5, pretrain_learning_rate=4e-4,
+    beta1=0.5, decay="none", pretrain_steps=0, pretrain_epochs=0, epochs=3,
+)
+_DEMO = dict(  # minutes on two CPU cores, without VGG
+    hr_size=96, patch_size=48, channels=32, residual_blocks=4, dilation=1, taper=False, ema=0.99,
+    content="pixel", adversarial_weight=0.02, ramp_steps=100, batch_size=16, learning_rate=1e-4,
+    pretrain_learning_rate=1e-3, pretrain_steps=1_600, steps=250, save_steps=500, sample_steps=200,
+)
+_PRESETS = {"report": _REPORT, "paper": _PAPER, "sharp": {}, "demo": _DEMO}
 
 
 @dataclass
 class Config:
-    """Every number that a run depends on. `Config()` is the preset `sharp` at 4x.
-
-    A value may be given as text. ValueError, with the nearest valid choice, for an impossible one.
-    """
+    """Every number that a run depends on; by default `sharp` at 4x. ValueError if impossible."""
 
     preset_name: Literal["report", "paper", "sharp", "demo"] = "sharp"  # what the rest started from
     scale: Literal[2, 4, 8, 16] = 4   # the upscale factor; each stage of the network doubles
@@ -205,8 +188,7 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.99
     warmup_steps: int = 50            # updates at the start of each stage
-    # cosine: to a hundredth over each stage; step: a tenth from half the adversarial stage on
-    decay: Literal["none", "cosine", "step"] = "cosine"
+    decay: Literal["none", "cosine", "step"] = "cosine"  # see `_learning_rate`
     decay_steps: int | None = None    # adversarial updates until then; None: `steps` at the start
     ema: float = 0.995                # moving average of the generator in each stage; 0: none
 
@@ -229,29 +211,24 @@ class Config:
         of = 16 if self.discriminator == "dense" else self.scale  # the dense one halves it 4 times
         for name, value in (("hr_size", self.hr_size), ("patch_size", self.patch)):
             if value % of:
-                raise ValueError(f"{name}={value} is not a multiple of {of} (scale={self.scale}, "
-                                 f"discriminator={self.discriminator}); the nearest that is: "
-                                 f"{max(of, round(value / of) * of)}")
-        for layer in self.vgg_layers.split(","):
-            if not re.fullmatch("(conv|relu|pool)[1-5]", layer):
-                raise ValueError(f"vgg_layers={self.vgg_layers}: name conv, relu or pool and a "
-                                 "block from 1 to 5, as in conv2,conv3")
+                raise ValueError(f"{name}={value} is not a multiple of {of} px; the nearest "
+                                 f"that is: {round(value / of) * of}")
+        if not re.fullmatch("((conv|relu|pool)[1-5],)+", self.vgg_layers + ","):
+            raise ValueError(f"vgg_layers={self.vgg_layers}: name conv, relu or pool and a block "
+                             "from 1 to 5, as in conv2,conv3")
 
     @classmethod
     def preset(cls, name: str, **changes) -> Config:
-        """The preset `name` (report, paper, sharp or demo) with `changes`. ValueError if none."""
-        return cls.from_dict({"preset_name": name} | _PRESETS.get(name, {}), **changes)
+        """The preset `name` (report, paper, sharp or demo) with `changes`."""
+        return cls.from_dict({"preset_name": name} | _PRESETS.get(name.lower(), {}), **changes)
 
     @classmethod
     def from_dict(cls, values: dict, **changes) -> Config:
-        """A Config from plain values, with `changes`; new epochs take the place of steps.
-
-        ValueError for an unknown field, with the nearest name, or for both epochs and steps.
-        """
+        """A Config of `values` with `changes`, whose epochs take the place of steps."""
         names = [item.name for item in fields(cls)]
         for name in values | changes:
             if name not in names:
-                raise ValueError(f"there is no field {name[:80]!r}: {_suggest(name, names)}")
+                raise ValueError(f"there is no field {name!r}: {_suggest(name, names)}")
         for epochs, steps in (("epochs", "steps"), ("pretrain_epochs", "pretrain_steps")):
             if epochs in changes and values.get(epochs) != changes[epochs]:
                 if changes.setdefault(steps) is not None:
@@ -300,13 +277,10 @@ def pick_device() -> torch.device:
 
 
 def _resolve_precision(precision: str, device: torch.device) -> str:
-    """`fp32`, `bf16` or `fp16`: what `precision` (see `Config`) means on `device`.
-
-    `torch.cuda.is_bf16_supported()` is not asked: it says yes on a T4, which only emulates it.
-    """
+    """`fp32`, `bf16` or `fp16`: what `precision` (see `Config`) means on `device`."""
     if precision == "fp32":
         return "fp32"
-    if device.type == "cuda":
+    if device.type == "cuda":  # `is_bf16_supported()` says yes on a T4, which only emulates it
         modern = torch.cuda.get_device_capability(device)[0] >= 8
         return "bf16" if modern and precision != "fp16" else "fp16"
     native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
@@ -328,9 +302,8 @@ def seeded(*numbers: int) -> torch.Generator:
 
 def _environment() -> dict[str, str]:
     """What a result depends on besides its config: versions, device, threads."""
-    gpu = torch.cuda.is_available()
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "device": torch.cuda.get_device_name() if gpu else "cpu",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "threads": str(torch.get_num_threads())}
 
 
@@ -344,9 +317,7 @@ def _bar(*args, **options):
     """tqdm's text bar; in a notebook on standard output, since Jupyter paints the other red."""
     from tqdm import tqdm
 
-    shell = sys.modules.get("IPython")
-    in_notebook = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
-    file = sys.stdout if in_notebook else sys.stderr
+    file = sys.stdout if "ipykernel" in str(type(sys.stderr)) else sys.stderr
     return tqdm(*args, **{"mininterval": 1, "file": file} | options)
 
 
@@ -373,11 +344,7 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 
 def mount_drive(mount_point: str = "/content/drive") -> Path | None:
-    """This project's folder on the user's Drive, or None without Drive; says which in one line.
-
-    Nothing is ever created below a mount point that is not mounted: such a folder would lie on the
-    virtual machine, be lost with it, and keep Drive from being mounted later.
-    """
+    """This project's folder on the user's Drive, or None without Drive; says which in one line."""
     if not in_colab():
         print("Google Drive: only in Colab; everything stays on this disk.")
         return None
@@ -386,10 +353,8 @@ def mount_drive(mount_point: str = "/content/drive") -> Path | None:
             from google.colab import drive
 
             drive.mount(mount_point)
-        if not os.path.ismount(mount_point):
-            raise OSError("it did not appear after mounting")
         folder = Path(mount_point) / "MyDrive" / "srgan"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)  # without its parents: where nothing is mounted, it fails
     except Exception as error:  # MessageError, pexpect's, KeyError: none may end a cell
         print(f"WARNING: no Google Drive ({type(error).__name__}: {_one_line(error)}). "
               "Checkpoints stay on this machine and are lost when the session ends.")
@@ -423,7 +388,7 @@ def _to_tensor(pixels) -> Tensor:
 
 def _to_pixels(images: Tensor) -> np.ndarray:
     """(N, 3, H, W) in [0, 1] as uint8 (N, H, W, 3): clamped and rounded."""
-    levels = images.detach().mul(255).round().clamp(0, 255)
+    levels = images.detach().mul(255).round_().clamp_(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -437,18 +402,15 @@ def save_image(image: Tensor, path: str | Path) -> None:
 def bicubic(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     """`images` resized to `size` (a side, or height and width), neither clamped nor rounded.
 
-    The one resize of this project, down and up: bicubic with a = -0.5, antialiased, as Pillow's.
-    Without `antialias` torch takes a = -0.75 and does not filter: up to 0.7 dB from this baseline.
+    The one resize of this project. Antialiased it is Pillow's, with a = -0.5; else torch takes
+    a = -0.75 and does not filter when it reduces: up to 0.7 dB from this baseline.
     """
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if images.shape[-2:] == size:
-        return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True)
 
 
 def quantise(images: Tensor) -> Tensor:
     """Clamped to [0, 1] and rounded to 8-bit levels, as a file would hold them."""
-    return images.mul(255).round().clamp(0, 255).div(255)
+    return images.mul(255).round_().clamp_(0, 255).div_(255)
 
 
 def _is_grey(images: Tensor) -> Tensor:
@@ -514,22 +476,18 @@ class UpsampleBlock(nn.Module):
     shuffle  conv to four times the channels, then pixel shuffle (§2.1.1). Each of the four phases
              of its output has filters of its own; where these differ, there is a checkerboard.
     blur     the same, then the kernel (1 2 1) x (1 2 1) / 16, which no pattern of period 2 passes
-             (Sugawara et al. 2019). The mean of 2 x 2 pixels would do as much, but it moves all by
-             half a pixel, and diagonal scratches follow.
+             (Sugawara et al. 2019). So would the mean of 2 x 2 px, but it moves all by half a px.
     resize   nearest pixels, then conv: flat stays flat (Odena et al. 2016, deconv-checkerboard).
 
-    icnr: begin with four equal filters, so that the shuffle is free of checkerboard at first
-    (Aitken et al. 2017, arXiv:1707.02937).
+    icnr: start with four equal filters, so without a checkerboard (Aitken et al. 2017).
     """
 
     def __init__(self, channels: int, kind: str = "shuffle", icnr: bool = False,
                  out: int | None = None):
         super().__init__()
         self.kind, out = kind, out or channels
-        wide = out if kind == "resize" else 4 * out
-        self.conv = nn.Conv2d(channels, wide, 3, padding=1)
-        self.shuffle = nn.Identity() if kind == "resize" else nn.PixelShuffle(2)
-        self.activation = nn.PReLU()
+        self.conv = nn.Conv2d(channels, out if kind == "resize" else 4 * out, 3, padding=1)
+        self.shuffle, self.activation = nn.PixelShuffle(2), nn.PReLU()
         if icnr and kind != "resize":
             with torch.no_grad():
                 for values in (self.conv.weight, self.conv.bias):
@@ -537,7 +495,7 @@ class UpsampleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "resize":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            return self.activation(self.conv(F.interpolate(x, scale_factor=2, mode="nearest")))
         x = self.activation(self.shuffle(self.conv(x)))
         if self.kind == "blur":
             box = x.new_full((1, 1, 2, 2), 0.25)
@@ -593,18 +551,9 @@ class Generator(nn.Module):
         return x
 
 
-# (channels, stride) of the convolutions of the dense discriminator (Fig. 4)
-_FIG4_LAYERS = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1), (256, 2), (512, 1), (512, 2))
-
-
-def _spectral(inputs: int, outputs: int, kernel: int, stride: int,
-              padding: int = 1) -> nn.Sequential:
-    """A convolution whose slope is bounded, which keeps its gradients useful (arXiv:1802.05957).
-
-    Each stride here divides its kernel: every pixel then gets the same gradient, so that no grid
-    comes in through the backward pass (Sugawara et al. 2019).
-    """
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding)
+def _spectral(*args: int, padding: int = 1) -> nn.Sequential:
+    """`nn.Conv2d` with its slope bounded, which keeps its gradients useful (arXiv:1802.05957)."""
+    conv = nn.Conv2d(*args, padding=padding)
     return nn.Sequential(nn.utils.parametrizations.spectral_norm(conv), nn.LeakyReLU(0.2))
 
 
@@ -613,32 +562,30 @@ class Discriminator(nn.Module):
 
     dense: the network of Fig. 4, for patches of `config.patch` px. One verdict, (N, 1), without lr.
     places: any size. One verdict for each place, (N, 1, H / 8, W / 8), and one for the whole,
-    (N, 1). It sees the bicubic enlargement of lr beside each image: what is asked is whether it
-    is the detail of *this* face.
+    (N, 1). It sees the bicubic enlargement of lr beside each image: is it the detail of *this*
+    face? Each stride divides its kernel, so that no grid comes in through the gradient.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.kind, self.layers = config.discriminator, nn.Sequential()
         if self.kind == "places":
-            for before, channels in ((6, 48), (48, 96), (96, 192)):
-                self.layers.append(_spectral(before, channels, kernel=4, stride=2))
-            self.layers.append(_spectral(192, 192, kernel=3, stride=1))
+            for shape in ((6, 48, 4, 2), (48, 96, 4, 2), (96, 192, 4, 2), (192, 192, 3, 1)):
+                self.layers.append(_spectral(*shape))  # channels in and out, kernel, stride
             self.place = nn.Conv2d(192, 1, 3, padding=1)
             # padding 2: a small patch may shrink to one pixel, but not to none
-            deeper = (_spectral(192, 192, kernel=4, stride=2, padding=2) for _ in range(3))
+            deeper = [_spectral(192, 192, 4, 2, padding=2) for _ in range(3)]
             self.whole = nn.Sequential(
                 *deeper, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 1))
             return
-        before = 3
-        for number, (channels, stride) in enumerate(_FIG4_LAYERS, start=1):
+        channels = itertools.pairwise((3, 64, 64, 128, 128, 256, 256, 512, 512))
+        for number, (before, after) in enumerate(channels, start=1):
+            conv = nn.Conv2d(before, after, 3, stride=2 - number % 2, padding=1)
             # the report left the seventh at torch's default momentum
             momentum = 0.1 if number == 7 else config.batch_norm or 0.1
-            norm = _norm(channels, momentum) if number > 1 else []
-            conv = nn.Conv2d(before, channels, 3, stride, padding=1)
+            norm = _norm(after, momentum) if number > 1 else []
             self.layers.append(nn.Sequential(conv, *norm, nn.LeakyReLU(0.2)))
-            before = channels
-        inputs = before * (config.patch // 16) ** 2
+        inputs = 512 * (config.patch // 16) ** 2
         self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(inputs, 1024), nn.LeakyReLU(0.2), nn.Linear(1024, 1))
 
@@ -650,28 +597,31 @@ class Discriminator(nn.Module):
         return [self.place(x).float(), self.whole(x).float()]
 
 
-def _vgg_from_file(weights: str) -> nn.Sequential:
-    """The VGG19 or VGG16 in a file of torch.save or safetensors. FileNotFoundError, ValueError."""
+def _vgg(source: str) -> nn.Sequential:
+    """The convolutions of VGG19, or of VGG16 if `source` (`Config.vgg`) is a file of those."""
     from safetensors.torch import load_file
-    from torchvision.models import vgg16, vgg19
+    from torchvision.models import VGG19_Weights, vgg16, vgg19
 
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"vgg={weights}: no such file; give imagenet, random, or a file of "
-                                "VGG19's or VGG16's weights")
+    if source == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(19)  # the same random features in every run
+            return vgg19(weights=None).features
     try:
-        if weights.endswith(".safetensors"):
-            state = load_file(weights)
+        if source == "imagenet":
+            state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+        elif source.endswith(".safetensors"):
+            state = load_file(source)
         else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = {name.removeprefix("features."): value for name, value in state.items()
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        state = {name.removeprefix("features."): value.float() for name, value in state.items()
                  if not name.startswith("classifier")}
         with torch.device("meta"):  # nothing is drawn at random in vain
             network = (vgg16 if len(state) == 2 * 13 else vgg19)(weights=None).features
-        state = {name: value.float() for name, value in state.items()}
         network.load_state_dict(state, assign=True)
-    except Exception as error:  # unpickling and parsing raise many kinds
-        raise ValueError(f"vgg={weights} is not a file of VGG19's or VGG16's weights "
-                         f"({_one_line(error)[:100]})") from None
+    except Exception as error:  # fetching, unpickling and parsing raise many kinds
+        kind = ConnectionError if source == "imagenet" else ValueError
+        raise kind(f"vgg={source} gives no VGG19 or VGG16 ({_one_line(error)[:100]}): choose from "
+                   "--set vgg=imagenet, vgg=FILE, vgg=random and content=pixel") from None
     return network
 
 
@@ -679,38 +629,19 @@ class VGGFeatures(nn.Module):
     """images (N, 3, H, W) -> VGG's maps at `config.vgg_layers`: (N, C, H / 2^k, W / 2^k) each.
 
     `conv3` is the last convolution of the third block, `relu3` its activation, `pool3` what
-    follows. Frozen and in eval mode, but differentiable in its input (§2.2.1). ConnectionError if
-    VGG19's ImageNet weights (550 MB, by torchvision) cannot be fetched.
+    follows. Frozen, but differentiable in its input (§2.2.1). ConnectionError if VGG19's ImageNet
+    weights (550 MB, by torchvision) cannot be fetched; ValueError if a file holds others.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        from torchvision.models import VGG19_Weights, vgg19
-
-        if config.vgg == "imagenet":
-            try:
-                network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1).features
-            except (OSError, RuntimeError) as error:
-                raise ConnectionError(
-                    f"VGG19's ImageNet weights could not be fetched ({_one_line(error)}): use "
-                    "--set vgg=FILE, --set vgg=random or --set content=pixel") from None
-        elif config.vgg == "random":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(19)  # the same random features in every run
-                network = vgg19(weights=None).features
-        else:
-            network = _vgg_from_file(config.vgg)
-        pools = [i for i, layer in enumerate(network) if isinstance(layer, nn.MaxPool2d)]
+        # torchvision's ReLU works in place: it would change the map before it, which may be wanted
+        layers = [nn.ReLU() if isinstance(each, nn.ReLU) else each for each in _vgg(config.vgg)]
+        pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
         before = {"conv": 2, "relu": 1, "pool": 0}
-        self.wanted = [pools[int(layer[4]) - 1] - before[layer[:4]]
-                       for layer in config.vgg_layers.split(",")]
-        self.network = network[:max(self.wanted) + 1].requires_grad_(False).eval()
-        for layer in self.network:
-            if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # it would change the maps before it, which are wanted
-
-    def train(self, mode: bool = True) -> VGGFeatures:
-        return super().train(False)  # stays in eval mode, whoever asks
+        self.wanted = [pools[int(name[4]) - 1] - before[name[:4]]
+                       for name in config.vgg_layers.split(",")]
+        self.network = nn.Sequential(*layers[:max(self.wanted) + 1]).requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x, maps = to_imagenet(images), {}
@@ -728,33 +659,29 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def layer_costs(model: nn.Module, *inputs: Tensor) -> dict[str, tuple[int, int]]:
-    """Name -> (parameters, multiplications on `inputs`) of each convolution and dense layer.
-
-    The last, `all else` (BatchNorm, PReLU, the blur), is what they lack of the model's totals.
-    """
+    """Name -> (parameters, multiplications on `inputs`) of each convolution and dense layer; last
+    `all else` (BatchNorm, PReLU, the blur): what these lack of the model's totals."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = copy.deepcopy(model).eval()
     with FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    counts = {name: sum(by_kind.values()) // 2  # a multiplication comes with an addition
-              for name, by_kind in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    costs = {name: (count_parameters(layer), counts.get(f"{root}.{name}".rstrip("."), 0))
-             for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
-    own, multiplications = (sum(column) for column in zip(*costs.values()))
-    rest = count_parameters(model) - own, counts.get(root, 0) - multiplications
-    return costs | {"all else": rest}
+        copy.deepcopy(model).eval()(*inputs)
+    counts, root, costs = counter.get_flop_counts(), type(model).__name__, {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            flops = counts.get(f"{root}.{name}".rstrip("."), {}).values()
+            costs[name] = count_parameters(layer), sum(flops) // 2  # half of them are additions
+    own, multiplications = map(sum, zip(*costs.values()))
+    total = counter.get_total_flops() // 2
+    return costs | {"all else": (count_parameters(model) - own, total - multiplications)}
 
 
 def receptive_radius(config: Config) -> int:
     """LR px on each side that a pixel of SR depends on, rounded up: the overlap of tiles."""
     edge = config.kernel_size // 2
+    blocks = sum(dilation + 1 for dilation in _dilations(config))
     stage = 1.5 if config.upsampling == "blur" else 1
     stages = sum(stage / 2 ** number for number in range(config.stages))
-    blocks = sum(dilation + 1 for dilation in _dilations(config))
-    network = edge + blocks + 1 + stages + edge / config.scale
-    return math.ceil(network) + 2  # 2: the bicubic skip
+    return math.ceil(edge + blocks + 1 + stages + edge / config.scale) + 2  # 2: the bicubic skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -769,10 +696,8 @@ def pixel_loss(sr: Tensor, hr: Tensor, distance: str = "l1") -> Tensor:
 
 def feature_loss(sr: Sequence[Tensor], hr: Sequence[Tensor], distance: str = "l1",
                  rescale: float = 0.0) -> Tensor:
-    """The mean of `pixel_loss` over pairs of feature maps, both divided by `rescale` (Eq. 5).
-
-    rescale 0: by the mean magnitude of HR's map, so that each depth counts the same.
-    """
+    """The mean of `pixel_loss` over pairs of feature maps, both divided by `rescale` (Eq. 5), or
+    with 0 by the mean magnitude of HR's map, so that each depth counts the same."""
     losses = []
     for ours, wanted in zip(sr, hr):
         size = rescale or wanted.abs().mean()
@@ -782,21 +707,15 @@ def feature_loss(sr: Sequence[Tensor], hr: Sequence[Tensor], distance: str = "l1
 
 def _verdict_loss(verdicts: Sequence[Tensor], wanted: float, kind: str) -> Tensor:
     """How far the verdicts of a discriminator are from saying `wanted` (1 real, 0 generated)."""
-    losses = []
-    for scores in verdicts:
-        target = torch.full_like(scores, wanted)
-        if kind == "least_squares":
-            losses.append(0.5 * F.mse_loss(scores, target))
-        else:
-            losses.append(F.binary_cross_entropy_with_logits(scores, target))
-    return torch.stack(losses).mean()
+    squares = kind == "least_squares"
+    distance = F.mse_loss if squares else F.binary_cross_entropy_with_logits
+    losses = [distance(scores, torch.full_like(scores, wanted)) for scores in verdicts]
+    return (0.5 if squares else 1.0) * torch.stack(losses).mean()
 
 
 def adversarial_loss(fake: Sequence[Tensor], kind: str) -> Tensor:
-    """What the generator wants of the verdicts on its images: to be called real (Eq. 6).
-
-    kind: least_squares, 1/2 (D(sr) - 1)^2; or bce.
-    """
+    """What the generator wants of the verdicts on its images: to be called real (Eq. 6). `kind` is
+    least_squares, 1/2 (D(sr) - 1)^2, or bce."""
     return _verdict_loss(fake, 1, kind)
 
 
@@ -825,54 +744,42 @@ def _from_first(value):
     return values[0]
 
 
-def _averaging(network: nn.Module) -> nn.Module:
-    """`network` as the updates call it: with torchrun, its gradients are means over processes."""
-    if _share()[1] == 1:
-        return network
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has a new word for it
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-
-
 class TrainState:
     """The networks and optimisers of a run, and how many updates they have seen (`update`).
 
     Fresh ones are a function of `config.seed`; `config.precision` must be resolved. `ema` is the
-    moving average of the generator, or None.
+    moving average of the generator, or None. `parallel_*` are what to call in training.
     """
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device, self.update = config, device, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            networks = [Generator(config), Discriminator(config), Generator(config)]
-        if _share()[1] > 1 and device.type == "cuda":  # on CPUs each keeps its share's statistics
+            networks = [Generator(config), Discriminator(config)]
+        several = _share()[1] > 1
+        if several and device.type == "cuda":  # on CPUs each keeps its share's statistics
             networks = [nn.SyncBatchNorm.convert_sync_batchnorm(each) for each in networks]
-        self.generator, self.discriminator, ema = (
-            each.to(device, memory_format=torch.channels_last) for each in networks)
-        ema.load_state_dict(self.generator.state_dict())
-        self.ema = ema.requires_grad_(False).eval() if config.ema else None
-        self.parallel_generator = _averaging(self.generator)
-        self.parallel_discriminator = _averaging(self.discriminator)
+        networks = [each.to(device, memory_format=torch.channels_last) for each in networks]
+        self.generator, self.discriminator = networks
+        self.ema = None
+        if config.ema:
+            self.ema = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.best = self.ema or self.generator  # the one to use
+        betas = config.beta1, config.beta2
+        self.g_optimizer, self.d_optimizer = (
+            torch.optim.Adam(each.parameters(), config.learning_rate, betas, fused=True)
+            for each in networks)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        if several:  # each process gets the mean of all gradients
+            networks = [nn.parallel.DistributedDataParallel(each, broadcast_buffers=False)
+                        for each in networks]
+        self.parallel_generator, self.parallel_discriminator = networks
         self.vgg = None
         if config.content == "vgg" and config.steps != 0:
             self.vgg = VGGFeatures(config).to(device, memory_format=torch.channels_last)
-        self.g_optimizer = self.adam(self.generator)
-        self.d_optimizer = self.adam(self.discriminator)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-
-    def adam(self, network: nn.Module) -> torch.optim.Adam:
-        """A fresh optimiser for `network`."""
-        betas = self.config.beta1, self.config.beta2
-        return torch.optim.Adam(network.parameters(), self.config.learning_rate, betas, fused=True)
 
     def autocast(self) -> torch.autocast:
         return _autocast(self.config.precision, self.device)
-
-    @property
-    def best(self) -> Generator:
-        """The generator to use: its moving average where the run keeps one."""
-        return self.ema or self.generator
 
     def parts(self) -> dict:
         """Whatever has a state_dict, by name."""
@@ -882,9 +789,7 @@ class TrainState:
     def load(self, saved: dict) -> None:
         """Continue from what a checkpoint holds; many kinds of errors if it is of others."""
         for name, part in self.parts().items():
-            if name.endswith("optimizer"):  # the moments are the checkpoint's, the settings ours
-                part.load_state_dict(part.state_dict() | {"state": saved[name]["state"]})
-            elif name != "scaler" or saved.get(name):  # empty where the run began without fp16
+            if name != "scaler" or saved.get(name):  # empty where the run began without fp16
                 part.load_state_dict(saved[name])
         self.update = saved["update"]
 
@@ -975,16 +880,6 @@ def generator_step(state: TrainState, lr: Tensor, sr: Tensor, hr: Tensor) -> dic
     return {name: value.detach() for name, value in (losses | weighted).items()}
 
 
-@torch.no_grad()
-def _update_ema(ema: Generator, generator: Generator, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * generator, BatchNorm's statistics included."""
-    for average, value in zip(ema.state_dict().values(), generator.state_dict().values()):
-        if average.is_floating_point():
-            average.lerp_(value, 1 - decay)
-        else:
-            average.copy_(value)
-
-
 def _one_update(state: TrainState, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
     """Update number `state.update` on a batch, whichever stage it belongs to; its losses."""
     config, step = state.config, state.update
@@ -994,13 +889,18 @@ def _one_update(state: TrainState, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         step -= config.pretrain_steps
         if step == 0:  # from the averaged weights, without the moments of another loss
             state.generator.load_state_dict(state.best.state_dict())
-            state.g_optimizer = state.adam(state.generator)
+            state.g_optimizer.state.clear()
         with state.autocast():
             sr = state.parallel_generator(lr)
         losses = discriminator_step(state, lr, sr, hr) | generator_step(state, lr, sr, hr)
     state.scaler.update()
     if state.ema is not None:  # a stage's first weights leave its average soon
-        _update_ema(state.ema, state.generator, min(config.ema, (1 + step) / (10 + step)))
+        decay, values = min(config.ema, (1 + step) / (10 + step)), state.generator.state_dict()
+        for name, average in state.ema.state_dict().items():
+            if average.is_floating_point():  # not BatchNorm's counter
+                average.lerp_(values[name], 1 - decay)
+            else:
+                average.copy_(values[name])
     state.update += 1
     return losses
 
@@ -1011,10 +911,7 @@ def _one_update(state: TrainState, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
 
 
 def psnr(sr: Tensor, hr: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, peak 1, (N,); identical images give inf.
-
-    sr, hr: (N, C, H, W) in [0, 1]; give `_luma(...)` for Y.
-    """
+    """Peak signal-to-noise ratio of each image in dB, peak 1, (N,): inf for identical ones."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     return peak_signal_noise_ratio(sr, hr, data_range=1.0, reduction="none", dim=(1, 2, 3))
@@ -1024,8 +921,7 @@ def ssim(sr: Tensor, hr: Tensor) -> Tensor:
     """Structural similarity of each image, (N,), 1 if identical: window of 11 px, sigma 1.5."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    values = structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
-    return values.reshape(-1)
+    return structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
 
 
 @lru_cache(maxsize=1)
@@ -1082,11 +978,9 @@ def detail_correlation(sr: Tensor, plain: Tensor, hr: Tensor) -> Tensor:
 def checkerboard_index(images: Tensor) -> Tensor:
     """How far a pattern of period 2, 4 or 8 px stands out of each image's own texture, (N,).
 
-    Natural images give about 0.9. It is the power spectrum (Hann window) at the 63 frequencies
-    whose period divides 8 px, each over the mean of its nearest neighbours in its row or its
-    column, whichever is larger; then the root of the mean of these ratios. A pattern repeated
-    across the image adds up at exactly these frequencies and nowhere else. Linear in the amplitude
-    of a pattern, once that stands out. NaN for images below 32 px.
+    About 0.9 for natural images; linear in the amplitude of what stands out; NaN below 32 px. Such
+    a pattern has all its power at the 63 frequencies whose period divides 8 px. There, power is
+    divided by its neighbours' in the row or the column, whichever is larger; root of the mean.
     """
     side = min(images.shape[-2:]) // 8 * 8
     if side < 32:
@@ -1095,15 +989,12 @@ def checkerboard_index(images: Tensor) -> Tensor:
     square = images[..., :side, :side]
     centred = (square - square.mean((-2, -1), keepdim=True)) * window * window[:, None]
     power = torch.fft.fft2(centred).abs().square().mean(1)  # (N, side, side)
-    grid = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
-    v, u = (k.flatten()[1:] * (side // 8) for k in grid)
+    v, u = torch.cartesian_prod(torch.arange(8), torch.arange(8))[1:].T * (side // 8)
     # the window spreads a pure frequency over one bin on each side: neighbours begin at the second
-    steps = range(2, min(6, max(3, side // 16 + 1)))
-    offsets = [sign * step for step in steps for sign in (-1, 1)]
+    offsets = [sign * step for step in range(2, min(6, side // 16 + 1)) for sign in (-1, 1)]
     row = torch.stack([power[:, v, (u + offset) % side] for offset in offsets]).mean(0)
     column = torch.stack([power[:, (v + offset) % side, u] for offset in offsets]).mean(0)
-    # the floor is the power of 8-bit rounding: below it there is no texture to stand out of
-    floor = (window.square().sum() ** 2 / (12 * 255 ** 2)).clamp_min(1e-20)
+    floor = window.square().sum() ** 2 / (12 * 255 ** 2)  # of 8-bit rounding: no texture below it
     ratios = power[:, v, u] / torch.maximum(row, column).clamp_min(floor)
     return ratios.mean(1).sqrt()
 
@@ -1119,59 +1010,41 @@ _PILLOW = threading.Lock()
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 
 
-def _to_8_bits(image):
-    """A grey image of 16 or 32 bits, or of floats, as L or LA: of the range it states or fills."""
-    from PIL import Image
+def _to_rgb(image, keep_alpha: bool):
+    """Any Pillow image as RGB in sRGB, on white where transparent; or as RGBA there, to keep it."""
+    from PIL import Image, ImageChops, ImageCms
 
-    levels = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    ranges = [1] * (image.mode == "F") + [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
-    peak = levels.max(initial=0)
-    filled = next((top for top in ranges if peak < top + 1), peak)
-    top = np.max(getattr(image, "tag_v2", {}).get(281, 0)) or filled  # TIFF's MaxSampleValue
-    grey = Image.fromarray(np.rint(levels * (255 / top)).clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:
-        grey.putalpha(Image.fromarray(np.uint8(255) * (levels != image.info["transparency"])))
-    return grey
-
-
-def _to_srgb(image, profile: bytes | None):
-    """`image` as RGB, in sRGB by its colour profile, where that can be used and is not sRGB's."""
-    from PIL import ImageChops, ImageCms
-
+    profile, alpha = image.info.get("icc_profile"), None
+    if image.mode.startswith(("I", "F")):  # grey of 16 or 32 bits, or floats
+        levels, clear = np.nan_to_num(np.asarray(image, np.float32)), image.info.get("transparency")
+        ranges = [1] * (image.mode == "F") + [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
+        filled = next((end for end in ranges if levels.max() < end + 1), levels.max())
+        white = np.max(getattr(image, "tag_v2", {}).get(281, 0)) or filled  # TIFF may state it
+        image = Image.fromarray(np.rint(levels * (255 / white)).clip(0, 255).astype(np.uint8))
+        if clear is not None:
+            alpha = Image.fromarray(np.uint8(255) * (levels != clear))
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+    if image.mode != "CMYK":  # a profile is one for grey, for RGB or for CMYK
+        image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     rgb = image.convert("RGB")
     with contextlib.suppress(Exception):  # no profile, a damaged one, or that of another mode
         source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-        if max(ImageChops.difference(rgb, converted).getextrema())[1] > 1:
-            return converted
+        if np.max(ImageChops.difference(rgb, converted).getextrema()) > 1:  # else it is sRGB's own
+            rgb = converted
+    if alpha is not None and alpha.getextrema()[0] < 255:
+        if keep_alpha:
+            rgb.putalpha(alpha)
+        else:
+            rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     return rgb
 
 
-def _to_rgb(image, keep_alpha: bool):
-    """Any Pillow image as RGB, on white where it is transparent; or as RGBA there, to keep that."""
-    from PIL import Image
-
-    profile, alpha = image.info.get("icc_profile"), None
-    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-    if image.mode != "CMYK":
-        image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    image = _to_srgb(image, profile)
-    if alpha is None or alpha.getextrema()[0] == 255:
-        return image
-    if keep_alpha:
-        image.putalpha(alpha)
-        return image
-    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-
-
 def _read_image(file: str | Path | bytes, keep_alpha: bool = False, least: int | None = None):
-    """`file` (a path, or what it holds) as a Pillow image, upright, 8 bits, sRGB; see `_to_rgb`.
+    """`file` (a path, or what it holds) as `_to_rgb` returns it, upright; else ValueError.
 
     least: a JPEG may be reduced while it is decoded, to a shorter side of so many px at least.
-    ValueError says what is wrong with it: not an image, truncated, absurdly large.
     """
     from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
@@ -1187,7 +1060,7 @@ def _read_image(file: str | Path | bytes, keep_alpha: bool = False, least: int |
                 image = Image.open(io.BytesIO(file), formats=_FORMATS)
                 if image.width * image.height > _MAX_PIXELS:
                     raise ValueError(f"absurdly large ({image.width} x {image.height} px)")
-                if image.format == "PNG":  # text may stand after the pixels
+                if image.format != "JPEG":  # others look at the limits again
                     image.load()
             finally:
                 Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
@@ -1227,49 +1100,25 @@ def _spread_colours(image: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(alpha > 0, image, F.interpolate(smaller, size=size, mode="bilinear"))
 
 
-# --- Drawn faces
+# --- Drawn faces: at 400 px, so that edges come out smooth when they are reduced
 
-_DRAWN = 400  # px: faces are drawn twice as large as they are stored, so that edges come out smooth
 _HAIR = ((32, 26, 24), (70, 45, 30), (120, 82, 48), (190, 150, 92), (140, 60, 34), (176, 174, 172))
 _IRIS = ((70, 45, 28), (96, 66, 36), (74, 108, 66), (82, 118, 158), (110, 128, 140))
+_CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 48)) for f in (np.cos, np.sin)], axis=1)
 
 
 def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:
     """Smooth noise (400, 400, 1), deviation about 1: `cells` random values a side, enlarged."""
     values = torch.from_numpy(rng.normal(size=(1, 1, cells, cells)).astype(np.float32))
-    return bicubic(values, _DRAWN)[0, 0, :, :, None].numpy()
-
-
-def _oval(x: float, y: float, rx: float, ry: float) -> np.ndarray:
-    """Outline of an ellipse, (48, 2)."""
-    angle = np.linspace(0, 2 * np.pi, 48)
-    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
-
-
-def _paint(canvas, outline, colour, soft: float = 1) -> None:
-    """Fill `outline` (N, 2), px from the middle, and its mirror image, on a Pillow image.
-
-    colour: (3,) or (400, 400, 3), 0 to 255; soft: how far the edges are blurred, px.
-    """
-    from PIL import Image, ImageDraw, ImageFilter
-
-    mask = Image.new("L", canvas.size)
-    for side in (1, -1):
-        points = np.multiply(outline, (side, 1)) + _DRAWN / 2
-        ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=255)
-    colour = np.broadcast_to(colour, (_DRAWN, _DRAWN, 3)).clip(0, 255).astype(np.uint8)
-    canvas.paste(Image.fromarray(colour), mask=mask.filter(ImageFilter.GaussianBlur(soft)))
+    return bicubic(values, 400)[0, 0, :, :, None].numpy()
 
 
 def synthetic_face(index: int, seed: int = 0) -> Tensor:
-    """Drawn face number `index` of an endless set, (1, 3, 178, 178): a function of its arguments.
-
-    Nobody's portrait: for tests, for the demo, and where no data set can be reached.
-    """
-    from PIL import Image
+    """Nobody's portrait: drawn face `index` of an endless set, (1, 3, 178, 178)."""
+    from PIL import Image, ImageDraw, ImageFilter
 
     rng = np.random.default_rng([seed, index])
-    down, across = (grid[..., None] - _DRAWN / 2 for grid in np.ogrid[:_DRAWN, :_DRAWN])
+    down, across = (grid[..., None] - 200 for grid in np.ogrid[:400, :400])
     wall, cloth = rng.uniform(40, 215, (2, 3))
     skin = np.array([238, 200, 172]) * (1 - rng.beta(1.2, 1.8) * np.array([0.62, 0.70, 0.76]))
     shade = 1 + rng.uniform(-0.2, 0.2) * across / 84 - 0.12 * np.abs(across / 84) ** 2.5
@@ -1283,27 +1132,35 @@ def synthetic_face(index: int, seed: int = 0) -> Tensor:
         (20, -60, 70, 35, 17, 34, 26, 62), (100, 240, 84, 41, 22, 44, 36, 76))
     for outline, colour, soft in (
             ([(0, -129), (70, -100), (96, -60), (104, length), (0, length)], strands, 2),
-            (_oval(0, 230, 180, 138), cloth + 6 * _noise(rng, 130), 1),                    # clothes
+            (_CIRCLE * (180, 138) + (0, 230), cloth + 6 * _noise(rng, 130), 1),            # clothes
             ([(46, 0), (54, 118), (0, 158), (-54, 118), (-46, 0)], flesh * 0.75, 2),       # neck
-            (_oval(83, 4, 13, 26), flesh * 0.85, 1),                                       # ears
-            (_oval(0, -20, 84, 94), flesh, 1), (_oval(0, 20, chin, 94), flesh, 1),         # face
-            (_oval(apart, -18, eye * 1.3, eye), skin * 0.8, 6),                            # eyes
-            (_oval(apart, -15, eye * 1.1, eye * 0.6), skin * 0.25, 1),
-            (_oval(apart, -13, eye, eye / 2), (230, 226, 222), 1),
-            (_oval(apart, -14, eye * 0.42, eye * 0.42), iris, 1),
-            (_oval(apart, -14, eye * 0.2, eye * 0.2), (14, 12, 12), 1),
+            (_CIRCLE * (13, 26) + (83, 4), flesh * 0.85, 1),                               # ears
+            (_CIRCLE * (84, 94) + (0, -20), flesh, 1), (_CIRCLE * (chin, 94) + (0, 20), flesh, 1),
+            (_CIRCLE * (eye * 1.3, eye) + (apart, -18), skin * 0.8, 6),                    # eyes
+            (_CIRCLE * (eye * 1.1, eye * 0.6) + (apart, -15), skin * 0.25, 1),
+            (_CIRCLE * (eye, eye / 2) + (apart, -13), (230, 226, 222), 1),
+            (_CIRCLE * (eye * 0.42) + (apart, -14), iris, 1),
+            (_CIRCLE * (eye * 0.2) + (apart, -14), (14, 12, 12), 1),
             ([(apart - eye, 9 - brow), (apart, -6 - brow), (apart + 28, 6 - brow)], hair * 0.7, 2),
             ([(4, -6), (13, -6), (20, 32), (10, 32)], flesh * 0.85, 4),                    # nose
-            (_oval(9, 41, 4.5, 2.8), skin * 0.25, 1),
+            (_CIRCLE * (4.5, 2.8) + (9, 41), skin * 0.25, 1),
             ([(-wide, smile), (0, 60), (wide, smile), (0, 88)], skin * (0.9, 0.6, 0.6), 1),  # mouth
             ([(-wide, smile), (0, 67), (wide, smile), (0, 78)], (236, 230, 220), 1),
-            ([*_oval(0, 0, 93, 129)[24:], (82, -23), (0, -parting), (-82, -23)], strands, 2)):
-        _paint(canvas, outline, colour, soft)
+            ([*_CIRCLE[24:] * (93, 129), (82, -23), (0, -parting), (-82, -23)], strands, 2)):
+        mask = Image.new("L", canvas.size)
+        for side in (1, -1):  # px from the middle, and mirrored
+            points = np.multiply(outline, (side, 1)) + 200
+            ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=255)
+        colour = np.broadcast_to(colour, (400, 400, 3)).clip(0, 255).astype(np.uint8)
+        canvas.paste(Image.fromarray(colour), mask=mask.filter(ImageFilter.GaussianBlur(soft)))
     left, top, right, bottom = rng.integers(5, 36, 4)  # margins cut off: place, size, proportions
     return _to_tensor(canvas.crop((left, top, 400 - right, 400 - bottom)).resize((178, 178), 3))
 
 
 # --- Folders, zips and sets
+
+# Names, how to read one as a Pillow RGB image, and a text that differs once names, sizes, times do
+_Source = tuple[list[str], Callable, str]
 
 _PORTRAITS = {  # members of the US Congress, public domain (github.com/unitedstates/images)
     "url": "https://github.com/Hainish/congress-images-225x275/archive/"
@@ -1323,32 +1180,23 @@ _CELEBA_BY_HAND = """CelebA could not be fetched (Google's quota for it is often
   3. run this again, or give its path as the source"""
 
 
-@dataclass
-class _Source:
-    """Faces to prepare: their names, and how to read one as a Pillow RGB image."""
-
-    names: list[str]
-    read: Callable
-    state: str = ""  # sums up names, sizes and times, to tell a source that has changed
-
-
 def _open_folder(folder: Path) -> _Source:
-    files, entries, seen = {}, [], set()
+    files, seen = {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in seen:  # a link that leads back
-            folders.clear()
-            continue
+            folders[:], names = [], []
         seen.add(os.path.realpath(place))
         for path in map(Path(place).joinpath, names):
             # what is not UTF-8, as old zips leave it, could not be written into a record
             name = os.fsencode(path.relative_to(folder).as_posix()).decode(errors="replace")
             if path.is_file() and not _LITTER.search(name):
                 files[name] = path
-                entries.append((name, path.stat().st_size, path.stat().st_mtime_ns))
     if not files:
         raise ValueError(f"{folder} is empty: a source needs at least one image")
-    state = hashlib.sha256(repr(sorted(entries)).encode()).hexdigest()
-    return _Source(sorted(files), lambda name: _read_image(files[name], least=_LEAST), state)
+    names = sorted(files)
+    entries = [(name, files[name].stat().st_size, files[name].stat().st_mtime_ns) for name in names]
+    state = hashlib.sha256(repr(entries).encode()).hexdigest()
+    return names, lambda name: _read_image(files[name], least=_LEAST), state
 
 
 def _open_zip(path: Path, inside: str = "") -> _Source:
@@ -1364,13 +1212,13 @@ def _open_zip(path: Path, inside: str = "") -> _Source:
     if not names:
         raise ValueError(f"{path} holds no files: a source needs at least one image")
 
-    def read(name):
+    def read(name: str):
         if members[name].file_size > _MAX_FILE:
             raise ValueError("absurdly large file")
         with archive.open(members[name]) as file:  # archive.read has no such bound
             return _read_image(file.read(members[name].file_size), least=_LEAST)
 
-    return _Source(names, read, f"{path.stat().st_size} {path.stat().st_mtime_ns}")
+    return names, read, f"{path.stat().st_size} {path.stat().st_mtime_ns}"
 
 
 def _downloads() -> Path:
@@ -1399,21 +1247,20 @@ def _open_portraits() -> _Source:
     from urllib.request import urlopen
 
     path = _downloads() / "portraits.zip"
-    partial = path.with_suffix(".part")
     try:
         if not _portraits_are_right(path):
-            with (urlopen(_PORTRAITS["url"], timeout=10) as reply, open(partial, "wb") as file,
+            with (urlopen(_PORTRAITS["url"], timeout=10) as reply, open(path, "wb") as file,
                   _bar(desc=path.name, unit="B", unit_scale=True) as bar):
                 bar.total = int(reply.headers.get("Content-Length") or 0)
                 while chunk := reply.read(1 << 20):
                     bar.update(file.write(chunk))
-            if not _portraits_are_right(partial):
+            if not _portraits_are_right(path):
                 raise ValueError("not the pinned set, but a web page or another version")
-            partial.replace(path)
+        return _open_zip(path, _PORTRAITS["folder"])
     except Exception as error:  # urllib lets through errors of http.client's own
+        path.unlink(missing_ok=True)
         raise ConnectionError(f"the portraits could not be fetched ({_one_line(error)}): check the "
                               "network, or use the source 'synthetic' or your own folder") from None
-    return _open_zip(path, _PORTRAITS["folder"])
 
 
 def _celeba_at(place: Path) -> _Source | None:
@@ -1460,29 +1307,31 @@ def _open_celeba() -> _Source:
     raise ConnectionError(_CELEBA_BY_HAND)
 
 
-def _open_synthetic(count: int = 1_000) -> _Source:
+def _open_synthetic(limit: int | None) -> _Source:
     from PIL import Image
 
-    def read(name):
-        return Image.fromarray(_to_pixels(synthetic_face(int(name[10:16])))[0])
-
-    return _Source([f"synthetic-{index:06d}.png" for index in range(count)], read)
-
-
-_NAMED = {"celeba": _open_celeba, "portraits": _open_portraits, "synthetic": _open_synthetic}
+    count = 2 * limit + 100 if limit else 1_000  # enough for each part; only those kept are drawn
+    return ([f"synthetic-{index:06d}.png" for index in range(count)],
+            lambda name: Image.fromarray(_to_pixels(synthetic_face(int(name[10:16])))[0]), "")
 
 
-def _open_source(source: str) -> _Source:
+_NAMED = ("celeba", "portraits", "synthetic")
+
+
+def _open_source(source: str, limit: int | None = None) -> _Source:
     """FileNotFoundError, ValueError (empty, not a zip) or ConnectionError (cannot be fetched)."""
-    if source in _NAMED:
-        return _NAMED[source]()
+    if source == "celeba":
+        return _open_celeba()
+    if source == "portraits":
+        return _open_portraits()
+    if source == "synthetic":
+        return _open_synthetic(limit)
     if Path(source).is_dir():
         return _open_folder(Path(source))
     if Path(source).is_file():
         return _open_zip(Path(source))
     raise FileNotFoundError(f"no such source: {source}; give a folder, a .zip, or a set: "
-                            f"{_suggest(Path(source).name, list(_NAMED))}")
-
+                            f"{_suggest(Path(source).name, _NAMED)}")
 
 # --------------------------------------------------------------------------------------------------
 # 9. Faces: prepared once, split by name, drawn in batches
@@ -1490,7 +1339,7 @@ def _open_source(source: str) -> _Source:
 
 _SIDE = 178          # px: CelebA's width, so that none of its pixels is resampled
 _SMALLEST = 64       # px: shorter sides below this hold no face worth learning
-_SPLITS = ("train", "validation", "test", "unused")
+_SPLITS = ("train", "validation", "test")
 
 
 def _check_space(folder: Path, needed: int, what: str) -> None:
@@ -1502,29 +1351,16 @@ def _check_space(folder: Path, needed: int, what: str) -> None:
                       f"for {what}: free some space, or name a folder on another disk")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make `folder`, and keep others from writing into it, where its file system has locks.
-
-    BlockingIOError if another one does. If nothing comes into it, it goes again.
-    """
+def _locked(folder: Path) -> contextlib.AbstractContextManager:
+    """Keeps others on this machine from writing into `folder`; BlockingIOError if one does."""
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
+    name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()
+    try:  # not in `folder`, which need not exist yet, and whose file system may have no locks
+        return FileLock(Path(tempfile.gettempdir(), f"srgan-{name}.lock"), timeout=0).acquire()
     except Timeout:
         raise BlockingIOError(f"{folder} is in use by another process or an earlier cell: wait "
                               "until that has ended, or stop it (restart the kernel)") from None
-    except (OSError, NotImplementedError):  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        if {path.name for path in folder.glob("*")} <= {".lock"}:
-            shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
 
 
 def _spread(values: Sequence, count: int) -> list:
@@ -1537,10 +1373,10 @@ def split_of(names: Sequence[str]) -> np.ndarray:
     """0 (train), 1 (validation) or 2 (test) for each name, (len(names),).
 
     CelebA's own partition, where the .jpg's are numbered as its are and show all three parts. Else
-    crc32 (UTF-8) mod 100 of a key, below 85 train, below 90 validation, else test: of the folder (a
-    person's), where at least ten hold pictures and none more than a fifth of all; else of the base
-    name, where these are unique; else of the path. An empty part takes the key of the nearest
-    checksum from a part that can spare one; below three keys, all are for training.
+    by crc32 (UTF-8) mod 100, below 85 train, below 90 validation, else test, of a key: the folder
+    (a person), where at least ten hold pictures and none over a fifth of all; else the base name,
+    where these are unique; else the path. An empty part takes the key of the nearest checksum that
+    another can spare; below three keys, all are for training.
     """
     jpegs = [name for name in names if name.endswith(".jpg")]
     if all(re.fullmatch(r"(.*/)?\d{6}\.jpg", name) for name in jpegs):
@@ -1555,7 +1391,7 @@ def split_of(names: Sequence[str]) -> np.ndarray:
     elif len(set(keys)) < len(keys):
         keys = names
     ranked = sorted((zlib.crc32(key.encode()) % 100, key) for key in set(keys))
-    if len(ranked) < 3:  # too few for three parts: all are learned from
+    if len(ranked) < 3:
         return np.zeros(len(names), dtype=int)
     part_of = {key: int(np.searchsorted([84, 89], bucket)) for bucket, key in ranked}
     for part, order in ((0, ranked), (2, ranked[::-1]), (1, ranked[::-1])):
@@ -1565,20 +1401,19 @@ def split_of(names: Sequence[str]) -> np.ndarray:
     return np.array([part_of[key] for key in keys], dtype=int)
 
 
-def _square(source: _Source, name: str) -> tuple[np.ndarray | None, bool, str]:
-    """One face: pixels (178, 178, 3) or None, whether it was smaller, and why it cannot be used."""
+def _square(read: Callable, name: str) -> tuple[bytes, bool | str]:
+    """One face as 178 x 178 x 3 bytes, and whether it was smaller; or none, and why."""
     try:
-        image = source.read(name)
+        image = read(name)
         short, long = sorted(image.size)
         if short < _SMALLEST or long > 8 * short:
             raise ValueError(f"{image.width} x {image.height} px: too small or too narrow")
     except Exception as error:  # decoders and zipfile raise all kinds on damage
-        return None, False, _one_line(error) or type(error).__name__
+        return b"", _one_line(error) or type(error).__name__
     size = [round(side * _SIDE / short) for side in image.size]
     left, top = ((side - _SIDE) // 2 for side in size)
-    image = image.resize(size, resample=3)  # bicubic; one of that size stays as it is
-    square = np.asarray(image)[top:top + _SIDE, left:left + _SIDE]  # Pillow's crop has limits
-    return square, short < _SIDE, ""
+    pixels = np.asarray(image.resize(size, resample=3))  # bicubic; Pillow's own crop has limits
+    return pixels[top:top + _SIDE, left:left + _SIDE].tobytes(), short < _SIDE
 
 
 class FaceStore:
@@ -1596,13 +1431,10 @@ class FaceStore:
                                     f"`prepare SOURCE --store {folder}` first")
         try:
             record = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
-            for name in ("names", "left_out", "enlarged", "fingerprint", "source", "limit", "title",
-                         "state"):
-                setattr(self, name, record[name])
-            self.split = np.array(record["split"], dtype=np.uint8)
+            vars(self).update(record, split=np.array(record["split"], dtype=np.uint8))
             self._pixels = np.memmap(self.folder / "faces.u8", dtype=np.uint8, mode="r",
                                      shape=(len(self.names), _SIDE, _SIDE, 3))
-        except (LookupError, TypeError, ValueError, OSError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, OSError) as error:
             raise ValueError(f"{folder} is damaged ({_one_line(error)}): delete it and prepare it "
                              "again") from None
 
@@ -1633,39 +1465,38 @@ class FaceStore:
     def describe(self) -> str:
         """`515 train, 25 validation, 64 test faces; 1 left out` and the like."""
         train, validation, test, unused = np.bincount(self.split, minlength=4)
-        text = f"{train} train, {validation} validation, {test} test faces"
-        for number, what in ((len(self.left_out), "left out"), (len(self.enlarged), "enlarged"),
-                             (unused, "of these kept out of test")):
-            text += f"; {number} {what}" if number else ""
-        return text
+        told = [(len(self.left_out), "left out"), (len(self.enlarged), "enlarged"),
+                (unused, "of these kept out of test")]
+        return "; ".join([f"{train} train, {validation} validation, {test} test faces",
+                          *(f"{number} {what}" for number, what in told if number)])
 
 
 def _fill_store(opened: _Source, source: str, folder: Path, limit: int | None) -> None:
     """Decode what `opened` has into the store in `folder`: temporary names, then a rename."""
-    pictures = [name for name in opened.names  # as far as the name tells: no lists in .csv
+    names, read, state = opened
+    pictures = [name for name in names  # as far as the name tells: no lists in .csv
                 if (mimetypes.guess_type(name)[0] or "image/").startswith("image/")]
-    names, part_of = opened.names, dict(zip(pictures, split_of(pictures).tolist()))
+    part_of = dict(zip(pictures, split_of(pictures).tolist()))
     if limit:  # so many training faces, limit/17 validation, 2 limit/17 test
-        kept = []
-        for part, wanted in enumerate((limit, round(limit / 17), round(2 * limit / 17))):
-            kept += _spread([name for name in pictures if part_of[name] == part], max(1, wanted))
-        names = sorted(kept)
+        wanted = limit, max(1, round(limit / 17)), max(1, round(2 * limit / 17))
+        names = sorted(name for part, count in enumerate(wanted) for name in
+                       _spread([name for name in pictures if part_of[name] == part], count))
+    folder.mkdir(parents=True, exist_ok=True)
     _check_space(folder, len(names) * _SIDE * _SIDE * 3, f"{len(names):,} prepared faces")
     good, small, left_out, digest = [], [], [], hashlib.sha256()
-    with (open(folder / "faces.u8.part", "wb") as file, ThreadPoolExecutor() as pool,
-          _bar(total=len(names), desc="preparing", unit="face", mininterval=0.5) as bar):
-        for start in range(0, len(names), 512):  # so many wait in memory at once
-            part = names[start:start + 512]
-            squares = pool.map(_square, itertools.repeat(opened), part)
-            for name, (pixels, was_small, why) in zip(part, squares):
-                bar.update()
-                if pixels is None:
-                    left_out.append([name, why])
-                    continue
+    with open(folder / "faces.u8.part", "wb") as file, ThreadPoolExecutor() as pool:
+        squares = itertools.chain.from_iterable(  # 512 at a time, so that few wait in memory
+            pool.map(_square, itertools.repeat(read), names[start:start + 512])
+            for start in range(0, len(names), 512))
+        squares = _bar(squares, total=len(names), desc="preparing", unit="face")
+        for name, (pixels, told) in zip(names, squares):
+            if pixels:
                 good.append(name)
-                small.append(was_small)
-                digest.update(pixels.tobytes())
-                file.write(pixels.tobytes())
+                small.append(told)
+                digest.update(pixels)
+                file.write(pixels)
+            else:
+                left_out.append([name, told])
     if not good:
         shown = _one_line("; ".join(map(": ".join, left_out[:3])))
         raise ValueError(f"{source} has no usable image ({len(left_out)} left out: {shown})")
@@ -1675,7 +1506,7 @@ def _fill_store(opened: _Source, source: str, folder: Path, limit: int | None) -
     if (~small[split == 2]).any():  # enlarged faces have no true detail to be compared with
         split[small & (split == 2)] = 3
     told = json.dumps([good, split.tolist(), digest.hexdigest()])
-    record = {"source": source, "title": source, "limit": limit, "state": opened.state,
+    record = {"source": source, "title": source, "limit": limit, "state": state,
               "fingerprint": hashlib.sha256(told.encode()).hexdigest(),
               "enlarged": list(itertools.compress(good, small)), "left_out": left_out,
               "names": good, "split": split.tolist()}
@@ -1691,27 +1522,23 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
     """Turn a source into the `FaceStore` in `folder`, decoding on all cores.
 
     source: a folder, a .zip, `celeba`, `portraits` or `synthetic`. limit: that many training faces,
-    and others in proportion. A finished store is used as it is: ValueError if it is of another
-    source or limit, or the source has changed or has no usable image; OSError if the disk is
-    full, or another process is at it.
+    and others in proportion. A finished store is used as it is. ValueError: it is of another source
+    or limit, or the source has changed or has no usable image; OSError: no space, or in use.
     """
-    folder, source = Path(folder), str(source)
-    if source not in _NAMED:
+    folder, source, own = Path(folder), str(source), str(source) not in _NAMED
+    if own:
         source = os.path.abspath(source)
     if (folder / "store.json").exists():
         store = FaceStore(folder)
         if (store.source, store.limit) != (source, limit):
             raise ValueError(f"{folder} already holds {store.source!r} (limit {store.limit}), not "
                              f"{source!r} (limit {limit}): name another folder, or delete this one")
-        is_there = source not in _NAMED and Path(source).exists()
-        if is_there and _open_source(source).state != store.state:
+        if own and Path(source).exists() and _open_source(source)[-1] != store.state:
             raise _SourceChanged(f"{source} has changed since it was prepared into {folder}: "
                                  "delete that folder, or name another, to prepare it anew")
         return store
     _check_mounted(folder)
-    opened = _open_source(source)
-    if source == "synthetic" and limit:  # enough names for each part; only those kept are drawn
-        opened = _open_synthetic(2 * limit + 100)
+    opened = _open_source(source, limit)
     with _locked(folder):
         _fill_store(opened, source, folder, limit)
     return FaceStore(folder)
@@ -1746,8 +1573,7 @@ def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
 def make_pair(faces: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """(lr, hr) of stored faces, uint8 (N, 3, 178, 178): (N, 3, s, s), (N, 3, S, S), S = hr_size.
 
-    HR is the centre `crop` resized to `hr_size`, LR is HR reduced to s = S / scale; both at 8-bit
-    levels, as files would be.
+    HR is the centre `crop` resized to S, LR is HR reduced to s = S / scale; both at 8-bit levels.
     """
     start = (_SIDE - config.crop) // 2
     inner = slice(start, start + config.crop)
@@ -1786,16 +1612,15 @@ def batch(store: FaceStore, config: Config, update: int, device: torch.device,
           share: tuple[int, int] = (0, 1)) -> tuple[Tensor, Tensor]:
     """(lr, hr) patches of update `update`: (B, 3, p / scale, p / scale), (B, 3, p, p), p = patch.
 
-    Each epoch visits each training face once. All is a function of (seed, update): a resumed run
-    sees what an unstopped one would. share: (number, count) of the process that asks; each gets its
-    B = batch_size / count faces.
+    Each epoch visits each training face once. A function of (seed, update) alone. share: (number,
+    count) of the process that asks, which gets its B = batch_size / count faces.
     """
     scale, patch, small = config.scale, config.patch, config.patch // config.scale
     members, size = store.indices("train"), config.batch_size
     mine = slice(share[0] * size // share[1], (share[0] + 1) * size // share[1])
     positions = range(update * size, (update + 1) * size)[mine]
-    chosen = [_epoch_order(config.seed, position // len(members), len(members))
-              [position % len(members)] for position in positions]
+    turns = [divmod(position, len(members)) for position in positions]
+    chosen = [_epoch_order(config.seed, epoch, len(members))[turn] for epoch, turn in turns]
     random = seeded(config.seed, 1, update)  # drawn for all faces, whoever's they are
     mirrored = (torch.rand(size, generator=random) < 0.5)[mine].to(device, non_blocking=True)
     places = (config.hr_size - patch) // scale + 1
@@ -1808,8 +1633,9 @@ def batch(store: FaceStore, config: Config, update: int, device: torch.device,
         copies = []
         for position, face in zip(positions, hr.split(1)):
             drawn = seeded(config.seed, 3, position)
-            blur, noise, quality = torch.rand(3, generator=drawn).tolist()
-            copies.append(web_copy(face, scale, 0.8 * blur, 10 * noise, 30 + 65 * quality, drawn))
+            amounts, present = torch.rand(2, 3, generator=drawn)  # each damage in half of the faces
+            blur, noise, loss = (amounts * (present < 0.5)).tolist()
+            copies.append(web_copy(face, scale, 0.8 * blur, 10 * noise, 100 - 70 * loss, drawn))
         lr = torch.cat(copies).to(device)
     lr = torch.stack([image[:, y:y + small, x:x + small] for image, (y, x) in zip(lr, corners)])
     hr = torch.stack([image[:, y * scale:y * scale + patch, x * scale:x * scale + patch]
@@ -1823,10 +1649,7 @@ def batch(store: FaceStore, config: Config, update: int, device: torch.device,
 
 
 def _save_checkpoint(folder: str | Path, state: dict) -> Path:
-    """Write `state` (plain data with an `update`) into `folder`: write, flush, rename.
-
-    The newest two stay. Returns the file; OSError if it cannot be written.
-    """
+    """Write `state` (plain data with an `update`) into `folder`; its file. The newest two stay."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / f"update-{state['update']:08d}.pt", folder / "checkpoint.part"
@@ -1849,10 +1672,10 @@ def load_checkpoint(path: str | Path) -> dict:
     """The plain data of one checkpoint; nothing in it is executed. ValueError if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not check them
-            if archive.testzip() is not None:
-                raise ValueError("a checksum does not fit")
+            damaged = archive.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        dict(state)["update"] + 0  # TypeError or KeyError, if it is something else
+        if damaged or dict(state)["update"] < 0:  # TypeError or KeyError, if it is something else
+            raise ValueError("a checksum, or the update, is wrong")
         return state
     except Exception as error:  # zipfile, torch and pickle raise all kinds
         raise ValueError(f"{path} is damaged or no checkpoint ({_one_line(error)[:100]})") from None
@@ -1869,13 +1692,11 @@ def _update_of(path: Path) -> int:
 def newest_checkpoint(folder: str | Path, backup: str | Path | None = None) -> dict | None:
     """The newest checkpoint that verifies, of `folder` and of the slots of `backup`; None if none.
 
-    A damaged one is passed over by name; ValueError if there are some, but none verifies: then
-    nothing may start over on top of them. `place` in it is the file that it came from.
+    `place` in it is its file. A damaged one is passed over by name; ValueError if none verifies,
+    though there are some: nothing may start over on top of them.
     """
-    paths, damaged = list(Path(folder).glob("update-*.pt")), []
-    if backup:
-        paths += Path(backup).glob("slot_*.pt")
-    updates = {path: _update_of(path) for path in paths}
+    paths = [*Path(folder).glob("update-*.pt"), *Path(backup or folder).glob("slot_*.pt")]
+    updates, damaged = {path: _update_of(path) for path in paths}, []
     # what cannot even be opened (-1) comes first, so that it is named, then the newest
     for path in sorted(paths, key=lambda path: (updates[path] >= 0, -updates[path])):
         try:
@@ -1890,35 +1711,40 @@ def newest_checkpoint(folder: str | Path, backup: str | Path | None = None) -> d
 
 
 class _Backup:
-    """Copies of a run in a second folder (on Drive), made by a thread: training does not wait.
+    """Copies of `run` in a second `folder` (on Drive), made by a thread: training does not wait.
 
     Two slots are overwritten in turn, in place: Drive keeps what is deleted, and counts it. First
     the one that is not `keep`, from which the run continues. A copy that fails is said once, and
     tried again at the next save.
     """
 
-    def __init__(self, folder: Path, keep: str):
+    FILES = "config.json", "history.csv", "pretrained.safetensors", "generator.safetensors"
+
+    def __init__(self, run: Path, folder: Path, keep: str):
         folder.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
         slots = folder / "slot_a.pt", folder / "slot_b.pt"
         self.slots = sorted(slots, key=lambda slot: (str(slot) == keep, _update_of(slot)))
-        self.folder, self.update = folder, _update_of(self.slots[1])  # of the newest copy
+        self.run, self.folder, self.update = run, folder, _update_of(self.slots[1])  # the newest
         self.status, self.pool, self.job = "none yet", ThreadPoolExecutor(1), None
+        for name in self.FILES:
+            if (folder / name).exists() and not (run / name).exists():  # on a fresh machine
+                _write_atomically(run / name, (folder / name).read_bytes())
 
-    def submit(self, run: Path, update: int) -> None:
+    def submit(self, update: int) -> None:
         """Have the checkpoint of `update` copied, unless a copy is still under way."""
         if self.job is None or self.job.done():
-            self.job = self.pool.submit(self.copy, run, update)
+            self.job = self.pool.submit(self.copy, update)
 
-    def copy(self, run: Path, update: int) -> None:
+    def copy(self, update: int) -> None:
         try:
             _check_mounted(self.folder)
-            for name in ("config.json", "history.csv", "pretrained.safetensors",
-                         "generator.safetensors"):
-                new, there = run / name, self.folder / name
+            for name in self.FILES:
+                new, there = self.run / name, self.folder / name
                 # only what is new: a file half-written here comes before the slot that needs it
                 if new.exists() and not (there.exists() and filecmp.cmp(new, there, shallow=False)):
                     shutil.copyfile(new, there)
-            shutil.copyfile(run / "ckpt" / f"update-{update:08d}.pt", self.slots[0])
+            shutil.copyfile(self.run / "ckpt" / f"update-{update:08d}.pt", self.slots[0])
         except Exception as error:  # whatever it is, it must not end the training
             if "fails" not in self.status:
                 print(f"WARNING: the backup in {self.folder} fails ({_one_line(error)}); training "
@@ -1928,14 +1754,14 @@ class _Backup:
         self.slots.reverse()
         self.update, self.status = update, f"update {update:,} at {time.strftime('%H:%M')}"
 
-    def finish(self, run: Path, update: int) -> None:
+    def finish(self, update: int) -> None:
         """Wait until the checkpoint of `update` is copied, or has failed three times; says so."""
         if self.update != update:
             print(f"copying the newest checkpoint to {self.folder} ...", file=sys.stderr)
         self.pool.shutdown()  # waits for the copy under way
         for _ in range(3):
             if self.update != update:
-                self.copy(run, update)
+                self.copy(update)
         if self.update != update:
             print(f"WARNING: the newest copy in {self.folder} is: {self.status}", file=sys.stderr)
 
@@ -1966,20 +1792,13 @@ def export_generator(path: str | Path, generator: Generator, config: Config, **a
     _write_atomically(Path(path), save(tensors, metadata={"srgan": header}))
 
 
-def _parent_of(path: Path) -> Path:
-    """Where the faithful parent (pixel loss alone) of the generator in `path` is kept, if it is."""
-    if path.name == "generator.safetensors":
-        return path.with_name("pretrained.safetensors")
-    return path.with_name(f"{path.stem}-pixel.safetensors")
-
-
 def load_generator(path: str | Path, scale: int | None = None,
                    amount: float = 1.0) -> tuple[Generator, Config, dict]:
     """The generator in `path`, in eval mode on the CPU, its config, and what its header says.
 
-    amount: from 0, its faithful parent, to 1, the sharp one itself; between them every weight is
-    mixed (ESRGAN, arXiv:1809.00219, §3.4). FileNotFoundError if the file or its parent is missing;
-    ValueError if it is damaged, not ours, or not of the `scale` asked for.
+    amount: from 0, its faithful parent (trained by the pixel loss alone), to 1, the sharp one
+    itself; between them every weight is mixed (ESRGAN, arXiv:1809.00219, §3.4). FileNotFoundError
+    if a file is missing; ValueError if it is damaged, not ours, or not of the `scale` asked for.
     """
     from safetensors import safe_open
 
@@ -2002,15 +1821,18 @@ def load_generator(path: str | Path, scale: int | None = None,
         raise ValueError(f"{path} is a network for {config.scale}x, not {scale}x: use --scale "
                          f"{config.scale} or other weights")
     if amount != 1:
-        if not _parent_of(path).is_file():
+        name = "pretrained" if path.stem == "generator" else f"{path.stem}-pixel"
+        parent = path.with_name(f"{name}.safetensors")
+        if not parent.is_file():
             raise FileNotFoundError(f"a mixture needs the faithful parent of {path}, which is not "
                                     "there: leave it out, or give a run that was pre-trained")
-        faithful, sharp = load_generator(_parent_of(path))[0].state_dict(), generator.state_dict()
-        shapes = [[value.shape for value in each.values()] for each in (faithful, sharp)]
+        faithful = load_generator(parent)[0].state_dict()
+        both = faithful, generator.state_dict()
+        shapes = [[value.shape for value in each.values()] for each in both]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{_parent_of(path)} has other shapes than {path}: no parent of it")
-        generator.load_state_dict({name: torch.lerp(faithful[name].float(), value.float(), amount)
-                                   for name, value in sharp.items()})
+            raise ValueError(f"{parent} has other shapes than {path}: no parent of it")
+        generator.load_state_dict({name: torch.lerp(faithful[name].float(), sharp, amount)
+                                   for name, sharp in tensors.items()})
     return generator, config, about
 
 
@@ -2019,15 +1841,15 @@ def find_generators(scale: int, *folders: str | Path) -> list[Path]:
 
     Then the shipped ones, then those of the preset `demo`: two minutes do not make a better one.
     """
-    paths, found = [], []
+    paths, is_demo = [], {}
     with contextlib.suppress(OSError):  # Drive may have gone
         for folder in (workspace() / "runs", *folders):
             paths += Path(folder).rglob("generator.safetensors")
         paths.sort(key=lambda path: -path.stat().st_mtime)
     for path in [*paths, _shipped_weights(scale), _shipped_weights(scale, "-photo")]:
         with contextlib.suppress(ValueError, OSError):  # of another scale, damaged, not there
-            found.append((load_generator(path, scale)[1].preset_name == "demo", path))
-    return [path for _, path in sorted(found, key=lambda pair: pair[0])]
+            is_demo[path] = load_generator(path, scale)[1].preset_name == "demo"
+    return sorted(is_demo, key=is_demo.get)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2041,8 +1863,8 @@ _TILE = 8192          # px of SR along a tile's side, times the root of the chan
 def _back_project(sr: Tensor, lr: Tensor, generator: Generator) -> Tensor:
     """SR, and what it lacks of LR when it is made small again (Irani & Peleg 1991).
 
-    Not for the report's and the paper's networks, which stay what they are, nor for those that
-    learned from damaged LR: they must not bring its noise back.
+    Not for the networks of report and paper, nor for those that learned from damaged LR: they must
+    not bring its noise back.
     """
     if not generator.true_to_lr:
         return sr
@@ -2060,70 +1882,35 @@ def super_resolve(generator: Generator, lr: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _upscale_pixels(image: Tensor, generator: Generator, config: Config,
-                    tile: int | None = None) -> np.ndarray:
-    """What `upscale` makes, as uint8 (scale h, scale w, 3): a quarter of the memory."""
+def upscale(image: Tensor, generator: Generator, config: Config,
+            tile: int | None = None) -> Tensor:
+    """`image` (1, 3, h, w) enlarged: (1, 3, scale h, scale w) at 8-bit levels, on the CPU.
+
+    `super_resolve` for any size, in tiles of `tile` LR px (default: 1 to 2 thousand px of SR) that
+    overlap by the receptive field: every pixel sees all that it would in one piece, so that no seam
+    shows. In the network's own precision, or a finer one.
+    """
     scale, device = config.scale, next(generator.parameters()).device
     precision = _resolve_precision(config.precision, device)
     if (config.precision, precision) == ("fp16", "bf16"):  # coarser than it was trained with
         precision = "fp32"
     network = copy.deepcopy(generator).eval().to(memory_format=torch.channels_last)
     height, width = image.shape[-2:]
-    side = int(_TILE / network.tail.in_channels ** 0.5)
-    tile = tile or max(16, side // scale)
+    tile = tile or max(16, int(_TILE / network.tail.in_channels ** 0.5) // scale)
     margin = receptive_radius(config) + 4  # 4: the back-projection
     corners = list(itertools.product(range(0, height, tile), range(0, width, tile)))
-    out = np.empty((height * scale, width * scale, 3), dtype=np.uint8)
-    grey = _is_grey(image).item()
+    sr, grey = torch.empty(1, 3, height * scale, width * scale), _is_grey(image).item()
     for y, x in _bar(corners, desc="enlarging", disable=len(corners) < 4):
         top, left = max(0, y - margin), max(0, x - margin)  # a tile sees what lies around it
-        part = image[..., top:y + tile + margin, left:x + tile + margin]
+        part = image[..., top:y + tile + margin, left:x + tile + margin].to(device)
         with _autocast(precision, device):
-            sr = network(part.to(device, memory_format=torch.channels_last))
-        sr = _back_project(sr, part.to(device), network)
-        pixels = _to_pixels(sr.mean(1, keepdim=True) if grey else sr)[0]
-        target = out[y * scale:(y + tile) * scale, x * scale:(x + tile) * scale]
-        inner = pixels[(y - top) * scale:, (x - left) * scale:]
-        target[:] = inner[:target.shape[0], :target.shape[1]]
-    return out
-
-
-def upscale(image: Tensor, generator: Generator, config: Config,
-            tile: int | None = None) -> Tensor:
-    """`image` (1, 3, h, w) enlarged: (1, 3, scale h, scale w) at 8-bit levels, on the CPU.
-
-    `super_resolve` for any size, in tiles of `tile` LR px (default: 1 to 2 thousand px of SR) that
-    overlap by the network's receptive field: memory stays bounded, and no seam shows, since every
-    pixel sees all that it would in one piece. In the network's own precision, or a finer one.
-    """
-    return _to_tensor(_upscale_pixels(image, generator, config, tile))
-
-
-def _enlarge_pixels(photo: Tensor, factor: float, weights: dict[int, str | Path],
-                    amount: float) -> tuple[np.ndarray, str]:
-    """What `enlarge` makes, as uint8 (H, W, 3), and its note."""
-    if not 1 <= factor <= 16:
-        raise ValueError(f"factor {factor:g}: give a number from 1 to 16")
-    scales = [scale for scale in (*sorted(weights), *_FACTORS) if scale >= factor][:1] or [8, 2]
-    made, pixels = math.prod(scales), None
-    height, width = (round(side * factor) for side in photo.shape[-2:])
-    needed = (10 if made == factor else 40) * made**2 * math.prod(photo.shape[-2:])  # bytes
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise MemoryError(f"{width} x {height} px need {needed / 1e9:,.1f} GB of memory, more than "
-                          "this machine has: reduce the photo or the factor")
-    for scale in scales:
-        path = weights.get(scale) or next(iter(find_generators(scale)), None)
-        if path is None:
-            raise FileNotFoundError(f"there is no network for {scale}x yet: train one with scale = "
-                                    f"{scale} (notebook 3), or choose another factor")
-        generator, config, _ = load_generator(path, scale, amount)
-        image = photo if pixels is None else _to_tensor(pixels)
-        pixels = _upscale_pixels(image, generator.to(pick_device()), config)
-    note = " then ".join(f"{scale}x" for scale in scales) + " network"
-    if pixels.shape[:2] != (height, width):
-        pixels = _to_pixels(bicubic(_to_tensor(pixels), (height, width)))[0]
-        note += f", reduced to {factor:g}x"
-    return pixels, note
+            made = network(part.to(memory_format=torch.channels_last))
+        made = _back_project(made, part, network)
+        made = quantise(made.mean(1, keepdim=True) if grey else made)
+        inner = np.s_[..., (y - top) * scale:(y - top + tile) * scale,
+                      (x - left) * scale:(x - left + tile) * scale]
+        sr[..., y * scale:(y + tile) * scale, x * scale:(x + tile) * scale] = made[inner]
+    return sr
 
 
 def enlarge(photo: Tensor, factor: float, weights: dict[int, str | Path] | None = None,
@@ -2135,8 +1922,26 @@ def enlarge(photo: Tensor, factor: float, weights: dict[int, str | Path] | None 
     else the first that `find_generators` finds. amount: as for `load_generator`. ValueError if the
     factor is out of range, FileNotFoundError if a network is missing, MemoryError.
     """
-    pixels, note = _enlarge_pixels(photo, factor, weights or {}, amount)
-    return _to_tensor(pixels), note
+    if not 1 <= factor <= 16:
+        raise ValueError(f"factor {factor:g}: give a number from 1 to 16")
+    weights, sr = weights or {}, photo
+    scales = [scale for scale in (*sorted(weights), *_FACTORS) if scale >= factor][:1] or [8, 2]
+    height, width = (round(side * factor) for side in photo.shape[-2:])
+    needed = 40 * math.prod(photo.shape[-2:]) * math.prod(scales) ** 2  # bytes: float, and copies
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise MemoryError(f"{width} x {height} px need {needed / 1e9:,.1f} GB of memory, more than "
+                          "this machine has: reduce the photo or the factor")
+    for scale in scales:
+        path = weights.get(scale) or next(iter(find_generators(scale)), None)
+        if path is None:
+            raise FileNotFoundError(f"there is no network for {scale}x yet: train one with scale = "
+                                    f"{scale} (notebook 3), or choose another factor")
+        generator, config, _ = load_generator(path, scale, amount)
+        sr = upscale(sr, generator.to(pick_device()), config)
+    note = " then ".join(f"{scale}x" for scale in scales) + " network"
+    if sr.shape[-2:] != (height, width):
+        return quantise(bicubic(sr, (height, width))), f"{note}, reduced to {factor:g}x"
+    return sr, note
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2148,12 +1953,11 @@ def enlarge(photo: Tensor, factor: float, weights: dict[int, str | Path] | None 
 def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Sequence[int],
              lpips_net: str | None = None,
              degradation: tuple[float, float, float] | None = None) -> list[dict]:
-    """One row per face: its name, and `bicubic_*` and `srgan_*` of PSNR (dB) and SSIM in RGB and Y,
-    sharpness and checkerboard index; beside them `hr_checkerboard`, and `flat_energy` and
-    `detail_correlation` of SRGAN. `config` says the view (crop, hr_size). lpips_net: LPIPS, too,
-    by that network. degradation: LR is the `web_copy` of these numbers (blur, noise, quality).
+    """One row per face: its name, and `bicubic_*` and `srgan_*` of the metrics of section 7.
 
-    Images are rounded to 8 bits and lose a border of `scale` px. ValueError if too little is left.
+    `config` says the view (crop, hr_size). lpips_net: LPIPS, too, by that network. degradation: LR
+    is the `web_copy` of these numbers (blur, noise, quality). Images are rounded to 8 bits and lose
+    a border of `scale` px. ValueError if too little is left.
     """
     if config.hr_size - 2 * config.scale < 11:
         raise ValueError(f"hr_size={config.hr_size} is too small to measure at {config.scale}x: "
@@ -2179,9 +1983,9 @@ def evaluate(generator: Generator, config: Config, store: FaceStore, indices: Se
             if lpips_net:
                 scores["lpips"] = lpips(images, hr, lpips_net)
             columns |= {f"{method}_{metric}": values for metric, values in scores.items()}
-        lists = zip(*(values.tolist() for values in columns.values()))
+        table = torch.stack([*columns.values()], 1).tolist()
         rows += [{"name": store.names[index]} | dict(zip(columns, values))
-                 for index, values in zip(chunk, lists)]
+                 for index, values in zip(chunk, table)]
     return rows
 
 
@@ -2203,10 +2007,9 @@ def summarise(rows: Sequence[dict], config: Config, split: str) -> dict:
         gains = np.array([row[f"srgan_{metric}"] - row[f"bicubic_{metric}"] for row in rows])
         if np.isfinite(gains).all():
             resampled = np.random.default_rng(0).integers(len(rows), size=(2_000, len(rows)))
-            low, high = np.percentile(gains[resampled].mean(1), (2.5, 97.5))
-            summary["gain"][metric] = {
-                name: round(float(value), 5)
-                for name, value in (("mean", gains.mean()), ("low", low), ("high", high))}
+            values = gains.mean(), *np.percentile(gains[resampled].mean(1), (2.5, 97.5))
+            rounded = [round(float(value), 5) for value in values]
+            summary["gain"][metric] = dict(zip(("mean", "low", "high"), rounded))
     return summary
 
 
@@ -2237,16 +2040,15 @@ def results_table(summary: dict) -> str:
 
 
 def _img(picture, alt: str, style: str = "") -> str:
-    """An <img> that holds its own pixels: of a PNG file's bytes, a Figure or an image (1, 3, H, W).
-
-    alt: what it shows, for those who cannot see it.
-    """
+    """An <img> that holds the pixels of a PNG file, an image (1, 3, H, W) or a Figure."""
     from PIL import Image
 
-    buffer = io.BytesIO(picture if isinstance(picture, bytes) else b"")
-    if isinstance(picture, Tensor):
+    buffer = io.BytesIO()
+    if isinstance(picture, (str, Path)):
+        buffer.write(Path(picture).read_bytes())
+    elif isinstance(picture, Tensor):
         Image.fromarray(_to_pixels(picture)[0]).save(buffer, format="png", compress_level=1)
-    elif not isinstance(picture, bytes):
+    else:
         picture.savefig(buffer, format="png", dpi=100)
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     width, height = Image.open(buffer).size
@@ -2260,15 +2062,12 @@ def show(figure, alt: str) -> None:
     """Display a Figure, or the PNG in a file, in a notebook; `alt` says what it shows in words."""
     from IPython.display import HTML, display
 
-    picture = Path(figure).read_bytes() if isinstance(figure, (str, Path)) else figure
-    display(HTML(f'<div style="overflow-x: auto">{_img(picture, alt)}</div>'))
+    display(HTML(f'<div style="overflow-x: auto">{_img(figure, alt)}</div>'))
 
 
 def _fit(image: Tensor, most: int) -> Tensor:
-    """(1, 3, H, W) reduced so that no side is longer than `most` px; unchanged if none is."""
-    share = most / max(image.shape[-2:])
-    if share >= 1:
-        return image
+    """(1, 3, H, W) reduced to 8-bit levels of at most `most` px along a side, if it has more."""
+    share = min(1, most / max(image.shape[-2:]))
     return quantise(bicubic(image, tuple(max(1, round(side * share)) for side in image.shape[-2:])))
 
 
@@ -2281,25 +2080,24 @@ def panels_figure(rows: Sequence[Sequence[tuple]], zoom: tuple[float, float] | N
     """
     from matplotlib.figure import Figure  # without pyplot and its global state
 
-    columns, lines = max(map(len, rows)), 2 if zoom else 1
-    inches = size * columns, (size + 0.4) * lines * len(rows)
-    figure = Figure(figsize=inches, layout="constrained")
-    axes = figure.subplots(lines * len(rows), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], frame_on=False)
+    lines = 2 if zoom else 1
+    shape = lines * len(rows), max(map(len, rows))
+    figure = Figure(figsize=(size * shape[1], (size + 0.4) * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False,
+                           subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
+    exact = {"interpolation": "nearest", "vmin": 0, "vmax": 255}
     for row, panels in enumerate(rows):
         for column, (title, image, caption) in enumerate(panels):
-            ax, image = axes[lines * row, column], _fit(image, 1024)
-            ax.imshow(_to_pixels(image)[0], interpolation="nearest", vmin=0, vmax=255)
+            ax, pixels = axes[lines * row, column], _to_pixels(_fit(image, 1024))[0]
+            ax.imshow(pixels, **exact)
             ax.set_title(title, fontsize=max(8, min(12, 4 * size)))
             ax.set_xlabel(caption or " ")
             if zoom:
-                height, width = (max(1, side // 4) for side in image.shape[-2:])
-                x, y = (round(share * 3 * part) for share, part in zip(zoom, (width, height)))
+                height, width = (max(1, side // 4) for side in pixels.shape[:2])
+                x, y = round(zoom[0] * 3 * width), round(zoom[1] * 3 * height)
                 ax.plot([x, x + width, x + width, x, x], [y, y, y + height, y + height, y], "w")
-                part = _to_pixels(image[..., y:y + height, x:x + width])[0]
                 below = axes[lines * row + 1, column]
-                below.imshow(part, interpolation="nearest", vmin=0, vmax=255)
+                below.imshow(pixels[y:y + height, x:x + width], **exact)
     return figure
 
 
@@ -2312,23 +2110,24 @@ def show_images(images: Tensor | Sequence[Tensor], titles: Sequence[str] = (), c
     return panels_figure(rows, None, size)
 
 
-def _panels(lr: Tensor, images: dict[str, Tensor], hr: Tensor | None, scale: int) -> list[tuple]:
-    """Panels of LR, bicubic, `images` and HR; where there is an HR, with numbers below each.
+def _panels(lr: Tensor, images: dict[str, Tensor], hr: Tensor | None) -> list[tuple]:
+    """Panels of LR, bicubic, `images` and HR.
 
-    PSNR and SSIM (RGB) and the checkerboard index, without a border of `scale` px.
+    If there is an HR, PSNR and SSIM (RGB) and checkerboard index stand below each, measured as
+    `evaluate` does: without a border of `scale` px.
     """
     size = next(iter(images.values())).shape[-2:]
     panels = [(f"LR, {lr.shape[-1]} px", F.interpolate(lr, size=size, mode="nearest"), "")]
+    edge, caption = slice(size[1] // lr.shape[-1], -(size[1] // lr.shape[-1])), ""
     for name, image in ({"bicubic": quantise(bicubic(lr, size))} | images).items():
-        caption = ""
         if hr is not None:
-            inner, truth = (each[..., scale:-scale, scale:-scale] for each in (image, hr))
+            inner, truth = image[..., edge, edge], hr[..., edge, edge]
             caption = (f"{psnr(inner, truth).item():.2f} dB, SSIM {ssim(inner, truth).item():.3f}\n"
                        f"checkerboard {checkerboard_index(inner).item():.2f}")
         panels.append((name, image, caption))
     if hr is not None:
-        index = checkerboard_index(hr).item()
-        panels.append((f"HR, {size[1]} px", hr, f"\ncheckerboard {index:.2f}"))
+        caption = f"\ncheckerboard {checkerboard_index(hr).item():.2f}"
+        panels.append((f"HR, {size[1]} px", hr, caption))
     return panels
 
 
@@ -2341,12 +2140,11 @@ def stages_figure(networks: dict[str, Generator], config: Config, faces: Tensor,
     """
     rows = []
     for face in faces.split(1):
-        (lr, hr), images = make_pair(face, config), {}
-        for name, network in networks.items():
-            images[name] = super_resolve(network, lr)
-        rows.append(_panels(lr, images, hr, config.scale))
+        lr, hr = make_pair(face, config)
+        images = {name: super_resolve(network, lr) for name, network in networks.items()}
+        rows.append(_panels(lr, images, hr))
         if errors:
-            difference = (images[name] - hr).abs().mul(4).clamp(0, 1)
+            difference = (list(images.values())[-1] - hr).abs().mul(4).clamp(0, 1)
             rows[-1].append(("error, 4 times", difference, ""))
     return panels_figure(rows, zoom)
 
@@ -2356,12 +2154,12 @@ def factor_panels(picture: Tensor, factor: float, is_hr: bool = True,
                   amount: float = 1.0) -> tuple[list[tuple], str]:
     """What `factor` does to `picture` (1, 3, h, w): panels (title, image, caption), and a note.
 
-    is_hr: the picture is the truth. It is shrunk by 2, 4 or 8, which may cost it some px on the
-    right and below: LR, bicubic, SRGAN and HR. Otherwise it is the LR, and there are three panels
-    and no numbers, since there is no truth. The other arguments, and the errors, are `enlarge`'s;
+    is_hr: the picture is the truth. It loses the px on the right and below that `factor` (2, 4 or
+    8) does not divide, and is shrunk: LR, bicubic, SRGAN and HR. Otherwise it is the LR: three
+    panels and no numbers. The other arguments, the note and the errors are `enlarge`'s;
     ValueError, too, if too little is left to measure.
     """
-    lr, hr, scale = picture, None, 1
+    lr, hr = picture, None
     if is_hr:
         if factor not in _FACTORS:
             raise ValueError(f"a picture is shrunk by 2, 4 or 8 to be tested, not by {factor:g}")
@@ -2373,7 +2171,7 @@ def factor_panels(picture: Tensor, factor: float, is_hr: bool = True,
         hr = picture[..., :height * scale, :width * scale]
         lr = quantise(bicubic(hr, (height, width)))
     sr, note = enlarge(lr, factor, weights, amount)
-    return _panels(lr, {f"SRGAN {factor:g}x": sr}, hr, scale), note
+    return _panels(lr, {f"SRGAN {factor:g}x": sr}, hr), note
 
 
 # The range input lies over the pictures, unseen: mouse, touch and keys are the browser's business.
@@ -2382,9 +2180,8 @@ _BEFORE_AFTER = """<div class="srgan-cut" style="position: relative; width: min(
 <style>.srgan-cut:focus-within {{outline: 3px solid #1a73e8; outline-offset: 2px}}
 .srgan-cut span {{position: absolute; top: 4px; padding: 0 6px; background: #000b; color: white}}
 .srgan-cut input {{position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
-cursor: ew-resize; touch-action: pan-y}}</style>{right}
-<div style="position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--cut, 50%)) 0 0)">
-{left}</div><div style="position: absolute; inset: 0 auto 0 calc(var(--cut, 50%) - 1px); width: 2px;
+cursor: ew-resize; touch-action: pan-y}}</style>{right}{left}
+<div style="position: absolute; inset: 0 auto 0 calc(var(--cut, 50%) - 1px); width: 2px;
 background: white; box-shadow: 0 0 2px black"></div>
 <span style="left: 4px">{names[0]}</span><span style="right: 4px">{names[1]}</span>
 <input type="range" min="0" max="100" value="50" data-lm-suppress-shortcuts="true"
@@ -2401,11 +2198,11 @@ def before_after(left: Tensor, right: Tensor, names: tuple[str, str], alt: str):
 
     times = max(1, 640 // left.shape[-1])
     style = f"display: block; width: 100%; image-rendering: {'pixelated' if times > 1 else 'auto'}"
-    pictures = [_img(_fit(image, 1024), f"{alt}: {name}", style)
-                for image, name in zip((left, right), names)]
+    cut = "position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--cut, 50%)) 0 0)"
     return HTML(_BEFORE_AFTER.format(
-        width=times * left.shape[-1], left=pictures[0], right=pictures[1],
-        names=[html.escape(name) for name in names]))
+        width=times * left.shape[-1], names=[html.escape(name) for name in names],
+        left=_img(_fit(left, 1024), f"{alt}: {names[0]}", f"{style}; {cut}"),
+        right=_img(_fit(right, 1024), f"{alt}: {names[1]}", style)))
 
 
 def _unused(path: Path) -> Path:
@@ -2421,23 +2218,22 @@ def history_figure(path: str | Path):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(12, 3), layout="constrained")
-    generator, discriminator = figure.subplots(1, 2)
-    for ax, title, names in ((generator, "generator", ("pixel", "content", "adversarial")),
-                             (discriminator, "discriminator", ("d_loss", "d_real", "d_fake"))):
-        ax.set(title=title, xlabel="update")
+    losses = {"generator": ("pixel", "content", "adversarial"),
+              "discriminator": ("d_loss", "d_real", "d_fake")}
+    for ax, (network, names) in zip(figure.subplots(1, 2), losses.items()):
+        ax.set(title=network, xlabel="update")
         for name in names:
-            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-            if points:
-                steps, values = zip(*points)
-                width = max(1, len(values) // 200)  # a running mean, or noise hides the trend
-                smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-                ax.plot(steps[width - 1:], smooth, label=name,
-                        marker="." if len(smooth) < 3 else "")
+            steps = [int(row["step"]) for row in rows if row[name]]
+            if steps:
+                width = max(1, len(steps) // 200)  # a running mean, or noise hides the trend
+                values = [float(row[name]) for row in rows if row[name]]
+                smooth = np.convolve(values, np.full(width, 1 / width), mode="valid")
+                ax.plot(steps[width - 1:], smooth, ".-" if len(smooth) < 3 else "-", label=name)
         if ax.lines:
             ax.legend()
         else:
             ax.text(0.5, 0.5, "not yet: pixels alone so far", ha="center", transform=ax.transAxes)
-    generator.set_yscale("log")  # its losses differ by orders of magnitude
+    figure.axes[0].set_yscale("log")  # the generator's differ by orders of magnitude
     return figure
 
 
@@ -2533,50 +2329,37 @@ def _check_run_space(folder: Path, config: Config) -> None:
     _check_space(folder, 3 * size - there, "checkpoints")
 
 
-def _fresh(config: Config, store: FaceStore) -> TrainState:
-    """Fresh networks, and the faces beside them on a GPU where they fit and are used often."""
-    device, often = pick_device(), config.total_steps * config.batch_size > len(store)
-    store.keep_on(None)
-    if device.type == "cuda" and often:
-        torch.cuda.empty_cache()  # else what earlier runs left would count as taken
-        if len(store) * _SIDE * _SIDE * 3 < torch.cuda.mem_get_info()[0] / 4:
-            store.keep_on(device)
-    return TrainState(config, device)
-
-
 def _updates(state: TrainState, store: FaceStore, count: int) -> list[dict[str, float]]:
     """The next `count` updates, of one stage; their losses, fetched together: a GPU's host waits.
 
     FloatingPointError if a loss, or a weight after the last update, is not finite.
     """
-    state.generator.train()
-    losses = []
-    for _ in range(count):
-        pair = batch(store, state.config, state.update, state.device, _share())
-        losses.append(_one_update(state, *pair))
-    table = torch.stack([torch.stack(list(each.values())) for each in losses])
+    losses = [_one_update(state, *batch(store, state.config, state.update, state.device, _share()))
+              for _ in range(count)]
+    names, table = list(losses[0]), torch.stack([torch.stack([*each.values()]) for each in losses])
     if _share()[1] > 1:
         distributed.all_reduce(table)
         table /= _share()[1]
+    broken = [name for name, column in zip(names, table.T) if not column.isfinite().all()]
     weights = itertools.chain(state.generator.parameters(), state.discriminator.parameters())
-    if not (table.isfinite().all() and all(p.isfinite().all() for p in weights)):
-        broken = [name for name, column in zip(losses[0], table.T) if not column.isfinite().all()]
+    if broken or not all(each.isfinite().all() for each in weights):
         raise FloatingPointError(f"by update {state.update}, {', '.join(broken) or 'a weight'} is "
                                  "not finite any more: try a lower learning_rate or precision=fp32 "
                                  "in a new run; the newest checkpoint is from before that")
-    return [dict(zip(losses[0], values)) for values in table.tolist()]
+    return [dict(zip(names, values)) for values in table.tolist()]
 
 
 def _pace(config: Config, store: FaceStore) -> dict[str, float]:
     """How many seconds an update of each stage takes here, by timing four."""
     pretrain, steps = (6 if length else 0 for length in (config.pretrain_steps, config.steps))
-    state, pace = _fresh(replace(config, pretrain_steps=pretrain, steps=steps), store), {}
-    for stage, length in (("pretrain", pretrain), ("adversarial", steps)):
-        if length:
-            _updates(state, store, 2)  # which take longer
-            begun = time.perf_counter()
-            _updates(state, store, 4)
-            pace[stage] = (time.perf_counter() - begun) / 4
+    config, pace = replace(config, pretrain_steps=pretrain, steps=steps), {}
+    state = TrainState(config, pick_device())
+    while state.update < config.total_steps:
+        _updates(state, store, 2)  # which take longer
+        begun = time.perf_counter()
+        _updates(state, store, 4)
+        stage = "pretrain" if state.update == pretrain else "adversarial"
+        pace[stage] = (time.perf_counter() - begun) / 4
     return pace
 
 
@@ -2590,27 +2373,23 @@ def _seconds_left(config: Config, done: int, pace: dict[str, float]) -> float:
 
 
 class _Run:
-    """A run on its way: its networks, its folder, its clock. Errors as `train` has them."""
+    """A run on its way: its networks, its folder, its clock. How it is saved and resumed:
 
-    def __init__(self, folder: Path, store: FaceStore, preset: str | None, changes: dict | None,
-                 backup: Path | None, for_minutes: float | None):
-        self.folder, self.store, self.notes, self.pace, self.backup = folder, store, [], {}, None
-        self.first = _share()[0] == 0  # it writes the files
-        config, saved = _from_first(
-            _look_up(folder, store, preset, changes, backup) if self.first else None)
-        for place in filter(None, (folder, backup)):
-            _check_run_space(place, config)
-        if for_minutes and not saved:
-            whole = max(1e-9, _seconds_left(config, 0, _pace(config, store)))
-            total = int(config.total_steps * 60 * for_minutes / whole)
-            config = config.lasting(_from_first(total))
-        elif for_minutes:
-            self.notes.append(f"the run keeps its own length, {config.total_steps:,} updates")
-        if not saved and config.preset_name == "paper" and config.total_steps < 50_000:
-            self.notes.append(
-                f"WARNING: {config.total_steps:,} updates show little; the paper did 1,000,000 and "
-                "then 200,000. Set pretrain_steps and steps, or take more faces")
-        self.state, self.began = _fresh(config, store), time.perf_counter()
+    `save`, between two updates, writes all that continuing needs (`_save_checkpoint`), and has it
+    copied (`_Backup`). Later `_look_up` takes the newest that verifies (`newest_checkpoint`), and
+    `__init__` loads it and puts history.csv back to that update. Which faces come next needs no
+    saving: `batch` is a function of the seed and the update.
+    """
+
+    def __init__(self, folder: Path, store: FaceStore, config: Config, saved: dict | None,
+                 backup: Path | None):
+        self.folder, self.store, self.pace, self.notes, self.backup = folder, store, {}, [], None
+        device, often = pick_device(), config.total_steps * config.batch_size > len(store)
+        if device.type == "cuda" and often:  # the faces beside the networks, where they fit
+            torch.cuda.empty_cache()  # else what earlier runs left would count as taken
+            if len(store) * _SIDE * _SIDE * 3 < torch.cuda.mem_get_info()[0] / 4:
+                store.keep_on(device)
+        self.state, self.began = TrainState(config, device), time.perf_counter()
         self.saved_update, self.saved_at, self.seconds = 0, time.time(), 0.0
         if saved:
             try:
@@ -2621,22 +2400,42 @@ class _Run:
             self.began -= saved["seconds"]
             self.saved_update = saved["update"]
             self.notes.append(f"continues at update {saved['update']:,} of {config.total_steps:,}")
-        if self.first:
-            self.write_files(saved, backup)
-
-    def write_files(self, saved: dict | None, backup: Path | None) -> None:
-        """What has to be there before the first update."""
+        elif config.preset_name == "paper" and config.total_steps < 50_000:
+            self.notes.append(
+                f"WARNING: {config.total_steps:,} updates show little; the paper did 1,000,000 and "
+                "then 200,000. Set pretrain_steps and steps, or take more faces")
+        self.writes = _share()[0] == 0  # of several processes, the first one
+        if not self.writes:
+            return
         if backup:
-            self.backup = _Backup(backup, saved["place"] if saved else "")
-            for name in ("pretrained.safetensors", "generator.safetensors"):  # on a fresh machine
-                if (backup / name).exists() and not (self.folder / name).exists():
-                    _write_atomically(self.folder / name, (backup / name).read_bytes())
-        (self.folder / "samples").mkdir(exist_ok=True)
-        record = {"store": self.store.fingerprint, "config": asdict(self.state.config),
+            self.backup = _Backup(folder, backup, saved["place"] if saved else "")
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        record = {"store": store.fingerprint, "config": asdict(config),
                   "environment": _environment(), "processes": _share()[1]}
-        _write_atomically(self.folder / "config.json", json.dumps(record, indent=1).encode())
+        _write_atomically(folder / "config.json", json.dumps(record, indent=1).encode())
         history = saved["history"] if saved else ",".join(_HISTORY) + "\n"
-        _write_atomically(self.folder / "history.csv", history.encode())  # no row comes twice
+        _write_atomically(folder / "history.csv", history.encode())  # no row comes twice
+
+    def save(self) -> None:
+        """The generator in use, then a checkpoint of all that continuing needs, then its copy."""
+        state, store = self.state, self.store
+        if state.update == self.saved_update:
+            return
+        if self.writes:
+            data = {"source": Path(store.title).name, "fingerprint": store.fingerprint}
+            pretrained = state.update == state.config.pretrain_steps
+            for name in ("pretrained", "generator") if pretrained else ("generator",):
+                export_generator(self.folder / f"{name}.safetensors", state.best, state.config,
+                                 data=data, update=state.update, seconds=round(self.seconds),
+                                 environment=_environment())
+            _save_checkpoint(self.folder / "ckpt", {  # last: what is saved is not saved again
+                "update": state.update, "seconds": self.seconds, "config": asdict(state.config),
+                "store": store.fingerprint,
+                "history": (self.folder / "history.csv").read_text(encoding="utf-8"),
+                **{name: part.state_dict() for name, part in state.parts().items()}})
+        self.saved_update, self.saved_at = state.update, time.time()
+        if self.backup:
+            self.backup.submit(state.update)
 
     def record(self, stage: str, losses: list[dict[str, float]]) -> None:
         """Append the losses of the newest updates to history.csv."""
@@ -2648,29 +2447,6 @@ class _Run:
                 writer.writerow(
                     {"step": update + 1, "stage": stage, "seconds": f"{self.seconds:.1f}"}
                     | {name: f"{value:.6g}" for name, value in values.items()})
-
-    def export(self, name: str) -> None:
-        """Write the generator in use as NAME.safetensors."""
-        data = {"source": Path(self.store.title).name, "fingerprint": self.store.fingerprint}
-        export_generator(
-            self.folder / f"{name}.safetensors", self.state.best, self.state.config, data=data,
-            update=self.state.update, seconds=round(self.seconds), environment=_environment())
-
-    def save(self) -> None:
-        """The generator in use, then a checkpoint of all that continuing needs, then its copy."""
-        state = self.state
-        if state.update == self.saved_update:
-            return
-        if self.first:
-            self.export("generator")  # first: a run that has ended is not saved again
-            _save_checkpoint(self.folder / "ckpt", {
-                "update": state.update, "seconds": self.seconds, "config": asdict(state.config),
-                "store": self.store.fingerprint,
-                "history": (self.folder / "history.csv").read_text(encoding="utf-8"),
-                **{name: part.state_dict() for name, part in state.parts().items()}})
-        self.saved_update, self.saved_at = state.update, time.time()
-        if self.backup:
-            self.backup.submit(self.folder, state.update)
 
     def draw(self) -> Path:
         """Four faces that are not trained on, as LR, bicubic, SR and HR, in a PNG."""
@@ -2684,14 +2460,14 @@ class _Run:
     def advance(self, held: list, deadline: float) -> Progress:
         """About a second's updates, and whatever is due after them: a strip, a checkpoint."""
         state, config, begun = self.state, self.state.config, time.perf_counter()
-        stage = "pretrain" if state.update < config.pretrain_steps else "adversarial"
-        done, losses, sample, kept = state.update, [], None, "none yet"
-        # so many updates at once: a second's, up to the next stage, checkpoint or strip
-        ends = [config.pretrain_steps if stage == "pretrain" else config.total_steps]
-        ends += [done - done % steps + steps for steps in (config.save_steps, config.sample_steps)]
-        a_second = int(1 / self.pace.get(stage, 1))
-        count = _from_first(min(max(1, min(a_second, 50)), min(ends) - done))
-        if count:  # else the run was finished when it was opened
+        done, losses, sample = state.update, [{}], None
+        stage = "pretrain" if done < config.pretrain_steps else "adversarial"
+        # so many at once: a second's, up to the end of a stage, a checkpoint or a strip
+        ends = [end for end in (config.pretrain_steps, config.total_steps) if end > done]
+        ends += [done - done % every + every for every in (config.save_steps, config.sample_steps)]
+        a_second = max(1, min(50, int(1 / self.pace.get(stage, 1))))
+        if done < config.total_steps:  # else the run was finished when it was opened
+            count = _from_first(min(a_second, min(ends) - done))
             losses = _updates(state, self.store, count)
             self.pace[stage] = (time.perf_counter() - begun) / count
         finished, now = state.update >= config.total_steps, time.perf_counter()
@@ -2699,25 +2475,23 @@ class _Run:
         stopped, due = _from_first((not finished and (bool(held) or now > deadline),
                                     time.time() - self.saved_at > 60 * config.save_minutes))
         at_an_end = stopped or state.update in (config.pretrain_steps, config.total_steps)
-        if count and self.first:
+        if state.update > done and self.writes:
             self.record(stage, losses)
             if at_an_end or state.update % config.sample_steps == 0:
                 sample = self.draw()
-            if state.update == config.pretrain_steps:
-                self.export("pretrained")
         if at_an_end or due or state.update % config.save_steps == 0:
             self.save()
-        notes, self.notes = self.notes, []
         if stopped:
-            notes.append(f"stopped at update {state.update:,} of {config.total_steps:,}; saved, "
-                         "run it again to continue")
-        if self.saved_update:
-            kept = f"update {self.saved_update:,}, {_duration(time.time() - self.saved_at)} ago"
-        left = min(_seconds_left(config, state.update, self.pace), deadline - now)
+            self.notes.append(f"stopped at update {state.update:,} of {config.total_steps:,}; "
+                              "saved, run it again to continue")
+        kept = f"update {self.saved_update:,}, {_duration(time.time() - self.saved_at)} ago"
+        notes, self.notes = self.notes, []
         return Progress(
-            state.update, config.total_steps, stage, losses[-1] if losses else {},
-            config.batch_size / self.pace.get(stage, math.inf), left, sample, kept,
-            self.backup.status if self.backup else "", finished or stopped, stopped, notes)
+            state.update, config.total_steps, stage, losses[-1],
+            config.batch_size / self.pace.get(stage, math.inf),
+            min(_seconds_left(config, state.update, self.pace), deadline - now), sample,
+            kept if self.saved_update else "none yet", self.backup.status if self.backup else "",
+            finished or stopped, stopped, notes)
 
 
 @contextlib.contextmanager
@@ -2749,24 +2523,32 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None,
     leaving the loop save first. FloatingPointError if a loss is not finite; BlockingIOError if the
     run is trained elsewhere; OSError if the checkpoints do not fit.
     """
-    folder, backup = Path(folder), Path(backup) if backup else None
+    folder, backup, progress = Path(folder), Path(backup) if backup else None, None
     _check_mounted(folder)
     deadline = time.perf_counter() + 60 * (max_minutes or math.inf)
-    with (_locked(folder) if _share()[0] == 0 else contextlib.nullcontext()):
-        run = _Run(folder, store, preset, changes, backup, for_minutes)
+    first = _share()[0] == 0  # of several processes; the others take what it finds
+    with _locked(folder) if first else contextlib.nullcontext():
+        config, saved = _from_first(
+            _look_up(folder, store, preset, changes, backup) if first else None)
+        for place in filter(None, (folder, backup)):
+            _check_run_space(place, config)
+        if for_minutes and not saved:
+            whole = _seconds_left(config, 0, _pace(config, store))
+            config = config.lasting(_from_first(int(config.total_steps * 60 * for_minutes / whole)))
+        run = _Run(folder, store, config, saved, backup)
+        if for_minutes and saved:
+            run.notes.append(f"the run keeps its own length, {config.total_steps:,} updates")
         try:
             with _interrupts_held() as held:
-                progress = run.advance(held, deadline)
-                while not progress.done:
-                    yield progress
+                while progress is None or not progress.done:
                     progress = run.advance(held, deadline)
-                yield progress
+                    yield progress
         except GeneratorExit:  # the loop is left between two updates
             run.save()
             raise
         finally:
             if run.backup and run.saved_update:
-                run.backup.finish(folder, run.saved_update)
+                run.backup.finish(run.saved_update)
             store.keep_on(None)
 
 
@@ -2796,26 +2578,26 @@ def forecast(store: FaceStore, folder: str | Path, preset: str | None = None,
     """
     config, saved = _look_up(folder, store, preset, changes, backup)
     done, total = saved["update"] if saved else 0, config.total_steps
-    begins = f"continues at update {done:,}" if saved else "starts a new run"
     if saved and done >= total:
         return f"finished: all {total:,} updates are done; more minutes, or more steps, train on"
+    told = f"continues at update {done:,}" if saved else "starts a new run"
     if for_minutes and not saved:
         seconds, length = 60 * for_minutes, "timing sets its length"
     else:
         seconds, length = _seconds_left(config, done, _pace(config, store)), f"{total:,} updates"
-    lines = [f"{begins}; {length}: about {_duration(seconds)} on this machine"]
+    told += f"; {length}: about {_duration(seconds)} on this machine"
     if max_minutes and seconds > max_minutes * 60:
-        lines.append(f"WARNING: {_duration(max_minutes * 60)} do not suffice: it will save and "
-                     f"stop after about {6000 * max_minutes / seconds:.0f} %; train again then")
+        told += (f"\nWARNING: {_duration(max_minutes * 60)} do not suffice: it will save and stop "
+                 f"after about {6000 * max_minutes / seconds:.0f} %; train again then")
     if in_colab() and seconds > 12 * 3600:
-        lines.append("WARNING: Colab ends a session after 12 h at most: " + (
-            "run it again then, and it continues" if backup else "without Drive all is lost then"))
+        then = "run it again then, and it continues" if backup else "without Drive all is lost then"
+        told += f"\nWARNING: Colab ends a session after 12 h at most: {then}"
     for place in filter(None, (folder, backup)):
         try:
             _check_run_space(Path(place), config)
         except OSError as error:
-            lines.append(f"WARNING: {error}")
-    return "\n".join(lines)
+            told += f"\nWARNING: {error}"
+    return told
 
 
 def reproduce_report(store: FaceStore, folder: str | Path, changes: dict | None = None,
@@ -2870,12 +2652,15 @@ def show_source(*objects) -> None:
 def shape_walk(model: nn.Module, *inputs: Tensor) -> str:
     """One line per part of `model`, in the order they ran on `inputs`: name, shapes, parameters."""
     rows, model = [], copy.deepcopy(model).eval()
-    for name, part in model.named_modules():
+    names = {part: name for name, part in model.named_modules()}
+
+    def note(part, given, output):
+        before, after = str(tuple(given[0].shape)), str(tuple(output.shape))
+        rows.append(f"{names[part]:<12}{before:>22} -> {after:<22}{count_parameters(part):>12,}")
+
+    for part, name in names.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         if name and (parent is model or isinstance(parent, nn.ModuleList)):
-            def note(module, given, output, name=name):
-                before, after = str(tuple(given[0].shape)), str(tuple(output.shape))
-                rows.append(f"{name:<12}{before:>22} -> {after:<22}{count_parameters(module):>12,}")
             part.register_forward_hook(note)
     model(*inputs)
     return "\n".join(rows)
@@ -2883,17 +2668,15 @@ def shape_walk(model: nn.Module, *inputs: Tensor) -> str:
 
 def _told(event: Progress) -> str:
     """An event in words: stage, update, speed, time left, losses."""
-    words = [f"{event.stage}: update {event.step:,} of {event.total:,}",
-             f"{event.images_per_second:.0f} img/s", f"{_duration(event.seconds_left)} left"]
-    words += [f"{name} {event.losses[name]:.3g}" for name in ("pixel", "d_loss")
-              if name in event.losses]
-    return ", ".join(words)
+    losses = "".join(f", {name} {event.losses[name]:.3g}" for name in ("pixel", "d_loss")
+                     if name in event.losses)
+    return (f"{event.stage}: update {event.step:,} of {event.total:,}, "
+            f"{event.images_per_second:.0f} img/s, {_duration(event.seconds_left)} left{losses}")
 
 
 def progress_bar(events: Iterator[Progress]) -> Iterator[Progress]:
     """Pass on what `train` yields, with a text bar: stage, losses, images per second, time left."""
-    layout = "{percentage:3.0f}%|{bar}| {desc}"
-    with contextlib.closing(events), _bar(unit="update", bar_format=layout) as bar:
+    with contextlib.closing(events), _bar(bar_format="{percentage:3.0f}%|{bar}| {desc}") as bar:
         for event in events:
             for note in event.notes:
                 bar.write(note, file=bar.fp)
@@ -2919,14 +2702,13 @@ def watch(events: Iterator[Progress], folder: str | Path) -> Iterator[Progress]:
             text = "<br>".join(map(html.escape, [_told(event), kept, *event.notes]))
             bar = f'<progress value="{event.step}" max="{event.total}" aria-label="updates done">'
             status.update(HTML(f'<div role="status">{text}</div>{bar}</progress>'))
-            began = time.perf_counter()
-            if event.done or event.sample or began > due:
+            if event.done or event.sample or time.monotonic() > due:
                 alt = f"loss curves up to update {event.step}"
                 curves.update(HTML(_img(history_figure(Path(folder) / "history.csv"), alt)))
-                due = began + max(5, 20 * (time.perf_counter() - began))  # a twentieth of the time
+                due = time.monotonic() + 10  # drawing takes some tenths of a second
             if newest := event.sample or newest:
                 alt = f"{newest.stem}, a row for each face: LR, bicubic, the network's, HR"
-                strip.update(HTML(_img(newest.read_bytes(), alt)))
+                strip.update(HTML(_img(newest, alt)))
                 newest = None
             yield event
 
@@ -2981,60 +2763,58 @@ def upload_images(folder: str | Path, after: Callable = lambda: None):
 
 
 _PANEL_LIMIT = 4096  # px of SR along a side: 200 MB for each panel
+_OF_A_PHOTO = ("Choose a photo", "Mode", "Reduce crop to", "Crop size", "Crop left", "Crop top")
 
 
 class Explorer:
     """The upscale factor by hand, for a notebook: display `panel`.
 
-    Everything it shows, `factor_panels`, `panels_figure` and `before_after` make without widgets.
-    store: whose test faces are shown. path: the network to begin with. folders: where to look for
-    others, as `find_generators`. `controls` are the widgets by label; `status` says what is shown,
-    or what is wrong.
+    All that it shows, `factor_panels`, `panels_figure` and `before_after` make without widgets.
+    store: whose test faces are shown. path: the network to begin with; folders: where others are,
+    as for `find_generators`. `controls`: the widgets by label. `status`: what is shown, or wrong.
     """
 
     def __init__(self, store: FaceStore, path: str | Path, *folders: str | Path):
         import ipywidgets as widgets
 
-        self._store, self._first, self._folders = store, Path(path), folders
-        self._photos, self._photo, self._rows = workspace() / "photos", None, []
-        self._scales, self._busy = [], True
-        wide = {"style": {"description_width": "initial"}, "continuous_update": False,
-                "layout": {"width": "26em", "max_width": "98%"}}
+        self._store, self._path, self._folders = store, Path(path), folders
+        self._scale, self._test = load_generator(path)[1].scale, store.indices("test")
+        self._photos, self._photo = workspace() / "photos", None
+        self._scales, self._rows, self._busy = [], [], False
+        style, layout = {"description_width": "initial"}, {"width": "26em", "max_width": "98%"}
 
         def choice(*options):
-            style = {"description_width": "initial", "button_width": "auto"}
-            return widgets.ToggleButtons(options=options, style=style)
+            return widgets.ToggleButtons(options=options, style=style | {"button_width": "auto"})
 
-        def slider(value, low=0.0, high=1.0, step=0.05):
-            return widgets.FloatSlider(value=value, min=low, max=high, step=step, **wide)
+        def slider(value, low=0, high=1, step=0.05):
+            kind = widgets.IntSlider if isinstance(value, int) else widgets.FloatSlider
+            return kind(value=value, min=low, max=high, step=step, style=style, layout=layout,
+                        continuous_update=False)
 
-        last = max(1, len(store.indices("test")) - 1)
-        photo = widgets.Button() if in_colab() else upload_images(self._photos, self._take_photo)
         self.controls = {
             "Upscale factor": choice("2x", "4x", "8x", "all factors"),
-            "Any factor": slider(4, 1, 16, 0.1),
-            "Network": widgets.Dropdown(style=wide["style"], layout=wide["layout"]),
-            "Faithful to sharp": slider(1), "Picture": choice("Test face", "Your photo"),
-            "Face": widgets.IntSlider(max=last, **wide), "Choose a photo": photo,
-            "Mode": choice("Test it", "Enlarge it"),
-            "Reduce crop to": widgets.IntSlider(value=176, min=32, max=1024, step=8, **wide),
-            "Crop size": slider(1, 0.05, 1, 0.01), "Crop left": slider(0.5, step=0.01),
-            "Crop top": slider(0.5, step=0.01), "Zoom left": slider(0.35), "Zoom top": slider(0.35),
+            "Any factor": slider(4.0, 1, 16, 0.1),
+            "Network": widgets.Dropdown(style=style, layout=layout),
+            "Faithful to sharp": slider(1.0),
+            "Picture": choice("Test face", "Your photo"),
+            "Face": slider(0, 0, max(1, len(self._test) - 1), 1),
+            "Choose a photo": widgets.Button() if in_colab() else upload_images(self._photos),
+            "Mode": choice("Test it", "Enlarge it"), "Reduce crop to": slider(176, 32, 1024, 8),
+            "Crop size": slider(1.0, 0.05, 1, 0.01),
+            "Crop left": slider(0.5, step=0.01), "Crop top": slider(0.5, step=0.01),
+            "Zoom left": slider(0.35), "Zoom top": slider(0.35),
             "Before/after": choice("bicubic | SRGAN", "SRGAN | HR"), "Save": widgets.Button(),
         }
-        self._first_scale = load_generator(path)[1].scale
-        self.controls["Upscale factor"].value = f"{self._first_scale}x"
-        self.status, self.picture, self.line = (widgets.HTML() for _ in range(3))
+        self.controls["Upscale factor"].value = f"{self._scale}x"
         for label, control in self.controls.items():
             control.description = label
-            if hasattr(control, "on_click"):
+            if isinstance(control, widgets.Button):
                 control.on_click(lambda _, label=label: self._change(label))
-            elif control is not photo:  # which calls back when the photo is saved
+            else:
                 control.observe(lambda _, label=label: self._change(label), names="value")
-        self.panel = widgets.VBox([
-            widgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap"}),
-            self.status, self.picture, self.line])
-        self._busy = False
+        self.status, self.picture, self.line = (widgets.HTML() for _ in range(3))
+        box = widgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap"})
+        self.panel = widgets.VBox([box, self.status, self.picture, self.line])
         self._change("Picture")
 
     def _change(self, label: str) -> None:
@@ -3043,15 +2823,14 @@ class Explorer:
             return
         self._busy = True
         try:
-            if label == "Choose a photo":  # in Colab
-                upload_images(self._photos, self._take_photo)
-            elif label == "Save":
+            if label == "Choose a photo":
+                self._take_photo()
+            if label not in ("Zoom left", "Zoom top", "Before/after", "Save"):
+                self._fit_controls()
+                self._enlarge()
+            self._show()
+            if label == "Save":
                 self._save()
-            else:
-                if label not in ("Zoom left", "Zoom top", "Before/after"):
-                    self._fit_controls()
-                    self._enlarge()
-                self._show()
         except Exception as error:  # elsewhere nobody would see it
             self._say(_one_line(error))
         self._busy = False
@@ -3060,100 +2839,86 @@ class Explorer:
         self.status.value = f'<div role="status">{html.escape(text)}</div>'
 
     def _take_photo(self) -> None:
-        newest = max(self._photos.iterdir(), key=lambda path: path.stat().st_mtime_ns, default=None)
-        if newest is None:
-            return self._say("no photo was chosen")
-        try:
-            self._photo = newest.stem, load_image(newest)
-        except ValueError:
-            newest.unlink()
-            return self._say(f"{newest.name}: not an image that Pillow can read; take another")
-        self._busy, self.controls["Picture"].value = True, "Your photo"
-        self._busy = False
-        self._change("Picture")
+        """The newest photo in the folder; outside Colab the button has put it there already."""
+        if in_colab():
+            upload_images(self._photos)
+        photos = sorted(self._photos.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        if photos:
+            self._photo = photos[-1].stem, load_image(photos[-1])
 
     def _fit_controls(self) -> None:
-        """Show the controls that apply; list the networks where the factor has changed."""
-        controls, value = self.controls, self.controls["Upscale factor"].value
+        """Show the controls that apply; list the networks where the scale has changed."""
+        controls, before = self.controls, self._scales
         own = controls["Picture"].value == "Your photo"
-        alone = own and controls["Mode"].value == "Enlarge it"
-        before, self._scales = self._scales, list(_FACTORS)
-        if alone:
+        self._is_hr = not own or controls["Mode"].value == "Test it"
+        shown = {"Face": not own, "Upscale factor": self._is_hr, "Any factor": not self._is_hr}
+        for label, visible in (shown | dict.fromkeys(_OF_A_PHOTO, own)).items():
+            controls[label].layout.display = None if visible else "none"
+        if not self._is_hr:
             wanted = controls["Any factor"].value
             self._scales = [next((scale for scale in _FACTORS if scale >= wanted), 8)]
-        elif value != "all factors":
-            self._scales = [int(value[0])]
+        elif controls["Upscale factor"].value == "all factors":
+            self._scales = list(_FACTORS)
+        else:
+            self._scales = [int(controls["Upscale factor"].value[0])]
         if self._scales != before:
-            paths = find_generators(self._scales[0], *self._folders)
-            if self._scales == [self._first_scale]:
-                first = self._first.resolve()
-                paths = [self._first, *(path for path in paths if path.resolve() != first)]
-            elif len(self._scales) > 1:
-                paths = []
-            controls["Network"].options = [(str(path.parent / path.stem), path) for path in paths]
-            controls["Network"].value = paths[0] if paths else None
-        shown = {"Face": not own, "Upscale factor": not alone, "Any factor": alone}
-        shown |= dict.fromkeys(("Choose a photo", "Mode", "Crop size", "Crop left", "Crop top",
-                                "Reduce crop to"), own)
-        for name, visible in shown.items():
-            controls[name].layout.display = None if visible else "none"
+            paths = [self._path] if self._scales == [self._scale] else []
+            if len(self._scales) == 1:  # all factors: each by its best
+                paths += find_generators(self._scales[0], *self._folders)
+            names = {str(path.parent / path.stem): path for path in paths}
+            controls["Network"].options = list(names.items())
+            controls["Network"].index = 0 if paths else None
 
-    def _image(self) -> tuple[Tensor, bool, str]:
-        """What is to be enlarged, (1, 3, h, w), whether it is the HR, and what it is called."""
+    def _image(self) -> tuple[str, Tensor]:
+        """What is to be enlarged: its name, and (1, 3, h, w)."""
         value = {label: getattr(each, "value", None) for label, each in self.controls.items()}
         if value["Picture"] == "Test face":
-            test, view = self._store.indices("test"), Config()
-            if value["Network"]:
-                view = load_generator(value["Network"])[1]  # as it was trained
-            number = value["Face"] % len(test)
-            return make_pair(self._store.faces([test[number]]), view)[1], True, f"face {number}"
+            view = load_generator(value["Network"])[1] if value["Network"] else Config()
+            number = value["Face"] % len(self._test)
+            face = self._store.faces([self._test[number]])
+            return f"face {number}", make_pair(face, view)[1]
         if self._photo is None:
             raise ValueError("choose a photo first, with the button above")
         name, photo = self._photo
         side = max(16, round(value["Crop size"] * min(photo.shape[-2:])))
-        x, y = (round(value[label] * (room - side)) for label, room in
-                (("Crop left", photo.shape[-1]), ("Crop top", photo.shape[-2])))
-        crop = _fit(photo[..., y:y + side, x:x + side], value["Reduce crop to"])
-        return crop, value["Mode"] == "Test it", name
+        x = round(value["Crop left"] * (photo.shape[-1] - side))
+        y = round(value["Crop top"] * (photo.shape[-2] - side))
+        return name, _fit(photo[..., y:y + side, x:x + side], value["Reduce crop to"])
 
     def _enlarge(self) -> None:
         """Make the rows of panels anew, one for each factor."""
-        controls, began = self.controls, time.monotonic()
+        began, network = time.monotonic(), self.controls["Network"].value
         self._rows, self.picture.value, self.line.value = [], "", ""
-        image, is_hr, name = self._image()
-        for scale in self._scales:
-            self._say(f"enlarging {scale}x ...")
-            factor = scale if is_hr else controls["Any factor"].value
-            if not is_hr and image.shape[-1] * factor > _PANEL_LIMIT:
-                raise ValueError(f"{_PANEL_LIMIT} px are the most here: crop or reduce more, or "
-                                 "use python srgan_utils.py upscale")
-            weights = {scale: controls["Network"].value} if controls["Network"].value else {}
-            panels, note = factor_panels(image, factor, is_hr, weights,
-                                         controls["Faithful to sharp"].value)
-            self._rows.append(panels)
-        self._title = f"{name} {factor:g}x" if len(self._scales) == 1 else f"{name} all factors"
+        name, image = self._image()
+        self._say(f"enlarging {name} ...")
+        factors = self._scales if self._is_hr else [self.controls["Any factor"].value]
+        if not self._is_hr and image.shape[-1] * factors[0] > _PANEL_LIMIT:
+            raise ValueError(f"{_PANEL_LIMIT} px are the most here: crop or reduce more, or "
+                             "use python srgan_utils.py upscale")
+        weights = {self._scales[0]: network} if network else {}
+        amount = self.controls["Faithful to sharp"].value
+        made = [factor_panels(image, factor, self._is_hr, weights, amount) for factor in factors]
+        self._rows, note = [panels for panels, _ in made], made[-1][1]
+        self._title = f"{name} all factors" if len(made) > 1 else f"{name} {factors[0]:g}x"
         self._say(f"{self._title}, by the {note}; {time.monotonic() - began:.2f} s")
 
-    def _figure(self):
+    def _show(self) -> None:
         if not self._rows:
             raise ValueError("there is nothing to show yet")
         zoom = self.controls["Zoom left"].value, self.controls["Zoom top"].value
-        return panels_figure(self._rows, zoom)
-
-    def _show(self) -> None:
+        self._figure = panels_figure(self._rows, zoom)
         told = "; ".join(f"{title} {caption}" for row in self._rows for title, _, caption in row)
-        self.picture.value = _img(self._figure(), f"{self._title}: {told}")
+        self.picture.value = _img(self._figure, f"{self._title}: {told}")
         images = [image for _, image, _ in self._rows[-1]]
-        pair = self.controls["Before/after"].value if len(images) == 4 else "bicubic | SRGAN"
-        left = 1 if pair == "bicubic | SRGAN" else 2
-        names = tuple(pair.split(" | "))
-        self.line.value = before_after(images[left], images[left + 1], names, self._title).data
+        pair = self.controls["Before/after"].value if self._is_hr else "bicubic | SRGAN"
+        left, right = images[1:3] if pair == "bicubic | SRGAN" else images[2:4]
+        self.line.value = before_after(left, right, tuple(pair.split(" | ")), self._title).data
 
     def _save(self) -> None:
         """Write what is shown into the workspace; nothing saved before is written over."""
         blend = self.controls["Faithful to sharp"].value
         path = _unused(workspace() / f"{self._title}, blend {blend:g}.png")
-        self._figure().savefig(path, dpi=120)
+        self._figure.savefig(path, dpi=120)
         save_image(self._rows[-1][2][1], path.with_stem(f"{path.stem}, enlarged"))
         self._say(f"saved: {path}, and the enlarged picture beside it")
 
@@ -3168,15 +2933,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see `python {self.prog} --help`")
 
 
-def _number(kind: type, low: float = 1e-9, high: float = math.inf) -> Callable:
-    """For argparse: a number of `kind` from `low` to `high`."""
+def _number(kind: type, wanted: str, low: float = 1e-9, high: float = 1e9) -> Callable:
+    """For argparse: a number of `kind` from `low` to `high`; `wanted` says that in words."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= float(text) <= high and math.isfinite(float(text)):
+            if low <= float(text) <= high:
                 return kind(text)
-        bounds = "above 0" if high == math.inf else f"from {low:g} to {high:g}"
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text}: give a {what} {bounds}")
+        raise argparse.ArgumentTypeError(f"{text}: give a {wanted}")
     return parse
 
 
@@ -3257,38 +3020,37 @@ def _compare(args: argparse.Namespace) -> None:
     print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def _photos(texts: Sequence[str]) -> list[Path]:
-    """The files that `texts` name: files, folders of them, or patterns."""
-    found = []
-    for text in texts:
-        pattern = os.path.join(glob.escape(text), "*") if Path(text).is_dir() else text
-        files = [] if Path(text).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern)))
-        found += map(Path, files or [text])
-    return found
+def _photos(text: str) -> list[Path]:
+    """What `text` names: a file, the files in a folder, or those that a pattern finds."""
+    path = Path(text)
+    if path.is_file():
+        return [path]
+    found = path.glob("[!.]*") if path.is_dir() else map(Path, glob.glob(text))
+    return sorted(filter(Path.is_file, found)) or [path]
 
 
 def _upscale(args: argparse.Namespace) -> None:
     """enlarge photos; transparency is kept, enlarged by the plain bicubic"""
     from PIL import Image
 
-    shipped = next((scale for scale in _FACTORS if scale >= (args.scale or 4)), 8)
     if args.photo:
         args.run = args.run or _shipped_weights(4, "-photo")
-    path = _chosen_weights(args, shipped)
+    path = _chosen_weights(args, next((s for s in _FACTORS if s >= (args.scale or 4)), 8))
     scale = load_generator(path, None, args.blend)[1].scale  # refused before anything is written
     factor, weights = args.scale or scale, {scale: path}
     if factor > scale != 8:
         raise ValueError(f"{path} is a network for {scale}x, not {factor:g}x: use --scale {scale} "
                          "or other weights")
-    folder, photos, failed = _made(args.out), _photos(args.images), []
-    for path in photos:
+    folder, failed = _made(args.out), []
+    paths = [path for text in args.images for path in _photos(text)]
+    for path in paths:
         try:
             photo = _read_image(path, keep_alpha=True)
             lr = _to_tensor(photo)
             if photo.mode == "RGBA":
                 lr = _spread_colours(lr[:, :3], lr[:, 3:])
-            pixels, note = _enlarge_pixels(lr, factor, weights, args.blend)
-            result = Image.fromarray(pixels)
+            sr, note = enlarge(lr, factor, weights, args.blend)
+            result = Image.fromarray(_to_pixels(sr)[0])
             if photo.mode == "RGBA":
                 result.putalpha(photo.getchannel("A").resize(result.size, Image.BICUBIC))
             target = _unused(folder / f"{path.stem}-x{factor:g}.png")
@@ -3297,51 +3059,48 @@ def _upscale(args: argparse.Namespace) -> None:
         except (ValueError, OSError, MemoryError) as error:
             failed.append(_one_line(f"{path}: {error}"))
     if failed:
-        raise ValueError(f"{len(failed)} of {len(photos)} images could not be enlarged: "
+        raise ValueError(f"{len(failed)} of {len(paths)} images could not be enlarged: "
                          f"{'; '.join(failed)}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="srgan_utils.py", description="SRGAN for faces.")
-    commands, added = parser.add_subparsers(dest="command", required=True, parser_class=_Parser), {}
-    scales = {"choices": ("2", "4", "8", "16")}
-    given = dict(nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
-                 type=lambda text: text.partition("=")[::2])
+    parser, parsers = _Parser(prog="srgan_utils.py", description="SRGAN for faces."), {}
+    commands = parser.add_subparsers(dest="command", required=True)
     for run in (_demo, _prepare, _train, _compare, _upscale):
-        command = commands.add_parser(run.__name__.strip("_"), help=run.__doc__)
-        command.set_defaults(run_command=run)
-        added[run] = command.add_argument
-    added[_demo]("--out", default="demo-out", metavar="DIR")
-    for run in (_prepare, _train, _compare):
-        added[run]("--store", required=True, metavar="DIR", help="prepared faces")
-    add = added[_prepare]
-    add("source", help="a folder, a .zip, or one of: celeba portraits synthetic")
-    add("--limit", type=_number(int), metavar="N", help="training faces to take (default: all)")
-    add = added[_train]
-    add("--run", required=True, metavar="DIR", help="the run; one that exists is continued")
-    add("--preset", help="report, paper, sharp (default) or demo")
-    add("--scale", **scales, help="the upscale factor (default: 4)")
-    add("--set", **given, help="change a preset")
-    add("--backup", metavar="DIR", help="a second folder for checkpoints, on Drive say")
-    add("--max-minutes", type=_number(float), metavar="M", help="save and stop after so long")
-    add("--for-minutes", type=_number(float), metavar="M", help="set a new run's length to fit")
-    add = added[_compare]
-    add("--split", default="test", choices=("test", "all"))
-    add("--count", type=_number(int), metavar="N", help="faces to measure")
-    add("--set", **given, help="crop=..., hr_size=...")
-    add("--lpips", nargs="?", const="alex", choices=("alex", "vgg", "squeeze"),
+        name = run.__name__[1:]
+        parsers[name] = commands.add_parser(name, help=run.__doc__)
+        parsers[name].set_defaults(run_command=run)
+
+    def add(names, *flags, **options):
+        for name in names.split():
+            parsers[name].add_argument(*flags, **options)
+
+    count, minutes = _number(int, "whole number above 0"), _number(float, "number above 0")
+    add("demo", "--out", default="demo-out", metavar="DIR")
+    add("prepare", "source", help="a folder, a .zip, or one of: celeba portraits synthetic")
+    add("prepare", "--limit", type=count, metavar="N", help="training faces (default: all)")
+    add("prepare train compare", "--store", required=True, metavar="DIR", help="prepared faces")
+    add("train", "--run", required=True, metavar="DIR", help="the run; one there is continued")
+    add("train", "--preset", help="report, paper, sharp (default) or demo")
+    add("train", "--backup", metavar="DIR", help="a second folder for checkpoints, on Drive say")
+    add("train", "--max-minutes", type=minutes, metavar="M", help="save and stop after so long")
+    add("train", "--for-minutes", type=minutes, metavar="M", help="set a new run's length to fit")
+    add("train compare", "--scale", choices=("2", "4", "8", "16"), help="(default: 4)")
+    add("train compare", "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        type=lambda text: text.partition("=")[::2], help="change a preset, or crop and hr_size")
+    add("compare", "--split", default="test", choices=("test", "all"))
+    add("compare", "--count", type=count, metavar="N", help="faces to measure")
+    add("compare", "--lpips", nargs="?", const="alex", choices=("alex", "vgg", "squeeze"),
         help="also LPIPS, by the network named, which is downloaded (default: alex)")
-    add("--errors", action="store_true", help="a fifth panel: the difference to HR")
-    add = added[_upscale]
-    add("images", nargs="+", help="photos, or folders of them; faces of about 176 px suit best")
-    add("--scale", type=_number(float, 1, 16), help="1 to 16 (default: 4, or the network's own)")
-    add("--photo", action="store_true", help="for compressed or noisy photos; up to 4x")
-    added[_compare]("--scale", **scales, help="of the shipped network: 2, 4 (default) or 8")
-    for run in (_compare, _upscale):
-        add = added[run]
-        add("--out", required=True, metavar="DIR", help="where the results go")
-        add("--run", "--weights", metavar="PATH", help="take this run's network, or this file")
-        add("--blend", type=_number(float, 0, 1), default=1.0, help="0 faithful, 1 sharp")
+    add("compare", "--errors", action="store_true", help="a fifth panel: the difference to HR")
+    add("upscale", "images", nargs="+", help="photos or folders; faces of 176 px suit best")
+    add("upscale", "--scale", type=_number(float, "number from 1 to 16", 1, 16),
+        help="1 to 16 (default: 4, or the network's own)")
+    add("upscale", "--photo", action="store_true", help="for compressed or noisy photos, up to 4x")
+    add("compare upscale", "--out", required=True, metavar="DIR", help="where the results go")
+    add("compare upscale", "--run", "--weights", metavar="PATH", help="this run's network, or file")
+    add("compare upscale", "--blend", type=_number(float, "number from 0 to 1", 0, 1), default=1.0,
+        help="0 faithful, 1 sharp")
     return parser
 
 

@@ -101,6 +101,14 @@ def fill_in(notebook, **form) -> None:
         assert found == 1, f"{found} fields are called {name}"
 
 
+def execute(notebook, folder: Path) -> str:
+    """Run all of a notebook that lies in `folder`, and return what it prints."""
+    from nbclient import NotebookClient
+
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
 @torch.no_grad()
 def flat_field(generator, colours: torch.Tensor, side: int = 32) -> torch.Tensor:
     """Standard deviation, in levels of 255, of the interior of what each flat colour (N, 3) is enlarged to, (N,)."""

@@ -33,10 +33,6 @@ def named(stem: str, number: int, part: int) -> str:
     return next(name for name in names if part_of(name) == part)
 
 
-def person_of(name: str) -> str:
-    return name.rsplit("--", 1)[0]
-
-
 def plain(photo: Image.Image) -> Image.Image:
     """The centre square, as `prepare` cuts it."""
     side = min(photo.size)
@@ -93,7 +89,7 @@ def main(portraits: str, out: str) -> None:
             crop = plain(photo) if number == 0 else framing(photo, CENTRES[path.parent.name], rng)
             crop.save(folder / named(path.stem, number, part), compress_level=1)
     names = sorted(path.name for path in folder.iterdir())
-    assert all(parts[person_of(name)] == part for name, part in zip(names, srgan.split_of(names)))
+    assert all(parts[name.rsplit("--", 1)[0]] == part for name, part in zip(names, srgan.split_of(names)))
     for part, word in enumerate(("training", "validation", "test")):
         print(f"{word}: {sum(each == part for each in parts.values())} people")
     print(f"{len(names)} crops; nobody is on two sides")

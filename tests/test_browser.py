@@ -1,9 +1,10 @@
 """What a person does in a browser: Run all, change the factor, upload a photo; stop training, come back, go on.
 
-In Chromium, against whichever is installed beside pytest: JupyterLab with ipywidgets 8 (`tests/browser.txt`) or Notebook 6.5.7
-with ipywidgets 7.7.1, Colab's own. Not run unless asked for: `python -m pytest -m browser -s`.
+In Chromium, in JupyterLab with ipywidgets 8 (`tests/browser.txt`) or Notebook 6.5.7 with ipywidgets 7.7.1, Colab's own,
+whichever is installed beside pytest. Not run unless asked for: `python -m pytest -m browser -s`.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from colab_standin import copy_project
 from conftest import fill_in
 from PIL import Image
 
@@ -27,10 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAB = importlib.util.find_spec("jupyterlab") is not None
 OPENING, RUNNING, CLICK = 120_000, 240_000, 60_000  # ms of patience, on a slow machine that also does something else
 
-# Fields of the forms, changed as a person would: drawn faces, few of them, and little time
 FEW_FACES = 68  # for training, and 8 for testing
-FORMS = {"01_data": {"source": "synthetic", "limit": FEW_FACES}, "02_model": {"source": "synthetic"},
-         "03_train": {"source": "synthetic", "images": FEW_FACES, "minutes": 0.5}, "04_compare": {"source": "synthetic"}}
+FORMS = {"03_train": {"source": "synthetic", "images": FEW_FACES, "minutes": 0.5}, "04_compare": {"source": "synthetic"}}
 
 OUTPUT = ".jp-OutputArea-output" if LAB else ".output_subarea"
 PANEL = f"{OUTPUT} .widget-vbox"
@@ -50,26 +50,17 @@ STATUS = f"() => [...document.querySelectorAll('{OUTPUT} [role=status]')].map(e 
 PICTURES = f"() => [...document.querySelectorAll('{OUTPUT} img')].map(i => [i.alt, i.naturalWidth])"
 
 
-def project_in(folder: Path) -> None:
-    """A copy of the project as downloaded, with the forms filled in."""
-    for name in ("weights", "docs", "notebooks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "srgan-work"))
-    shutil.copy(ROOT / "srgan_utils.py", folder)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Address, token and folder of a Jupyter server with settings of its own, of the project as downloaded, forms filled in."""
+    place, token = tmp_path_factory.mktemp("browser"), secrets.token_hex(16)
+    copy_project(ROOT, folder := place / "srgan-celeba")
     for stem, form in FORMS.items():
-        path = folder / "notebooks" / f"{stem}.ipynb"
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.read(path := folder / "notebooks" / f"{stem}.ipynb", as_version=4)
         fill_in(notebook, **form)
         for cell in notebook.cells:
             cell.source = cell.source.replace("else 400\n", f"else {FEW_FACES}\n")  # where there is no GPU
         nbformat.write(notebook, path)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Address, token and folder of a Jupyter server, with settings of its own."""
-    place, token = tmp_path_factory.mktemp("browser"), secrets.token_hex(16)
-    folder = place / "srgan-celeba"
-    project_in(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,23 +70,21 @@ def server(tmp_path_factory):
     command = [sys.executable, "-m", "jupyterlab" if LAB else "notebook", "--no-browser", "--allow-root", "--ip=127.0.0.1",
                f"--port={port}", f"--{'IdentityProvider' if LAB else 'NotebookApp'}.token={token}"]
     command += ["--LabApp.expose_app_in_browser=True"] * LAB
-    # No question whether to fetch news, which hides what is below it; cells far away stay on the page
-    for name, setting in (("apputils-extension/notification", '{"fetchNews": "false"}'),
-                          ("notebook-extension/tracker", '{"windowingMode": "none"}')):
+    for name, setting in (("apputils-extension/notification", '{"fetchNews": "false"}'),  # a question that hides what is below
+                          ("notebook-extension/tracker", '{"windowingMode": "none"}')):  # cells far away stay on the page
         path = place / "CONFIG" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
         path.write_text(setting)
     with open(place / "log", "w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        deadline = time.time() + 60
-        while True:
-            try:
+        listening, deadline = False, time.time() + 60
+        while not listening:
+            assert process.poll() is None and time.time() < deadline, (place / "log").read_text()
+            time.sleep(0.2)
+            with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.time() < deadline, (place / "log").read_text()
-                time.sleep(0.2)
+                listening = True
         yield f"http://127.0.0.1:{port}", token, folder
     finally:
         process.terminate()
@@ -114,9 +103,7 @@ def browser():
         chromium.close()
 
 
-class Person:
-    """Somebody with a notebook open."""
-
+class Person:  # with a notebook open
     def __init__(self, browser, server, stem: str):
         address, token, self.folder = server
         self.page = browser.new_context(viewport={"width": 1280, "height": 1400}).new_page()
@@ -128,7 +115,6 @@ class Person:
         self.page.wait_for_function(CONNECTED, timeout=OPENING)
 
     def choose(self, menu: str, lab: str, notebook6: str) -> None:
-        """An entry of a menu."""
         self.page.click(f"li.lm-MenuBar-item:has-text('{menu}')" if LAB else f"#menus a:text-is('{menu}')")
         self.page.click(f"li.lm-Menu-item[data-command='{lab}']" if LAB else f"#{notebook6}")
 
@@ -141,13 +127,12 @@ class Person:
         self.page.wait_for_function(f"before => ({EXECUTED})() > before || ({FAILED})().length", arg=before, timeout=RUNNING)
         assert self.page.evaluate(FAILED) == []
 
-    def widget(self, label: str):
-        """The control with that label beside it."""
-        named = self.page.locator(".widget-label").get_by_text(label, exact=True)
-        return self.page.locator(f"{OUTPUT} :has(> .widget-label)").filter(has=named).first
-
     def button(self, label: str, within: str = ""):
-        place = self.widget(within) if within else self.page.locator(OUTPUT)
+        """The button that says `label`; within: of the control with that label beside it."""
+        place = self.page.locator(OUTPUT)
+        if within:
+            named = self.page.locator(".widget-label").get_by_text(within, exact=True)
+            place = self.page.locator(f"{OUTPUT} :has(> .widget-label)").filter(has=named).first
         return place.locator("button").filter(has_text=re.compile(rf"^\s*{label}\s*(\(\d+\))?$")).first  # FileUpload counts
 
     @property
@@ -169,36 +154,28 @@ class Person:
         return [each for each in pictures if not (each[0].strip() and each[1])]
 
 
-@pytest.fixture(scope="module")
-def explorer(browser, server):
-    """Somebody who opened 04 and pressed Run all."""
+def test_after_run_all_of_04_another_factor_is_another_picture_and_a_photo_of_ones_own_is_uploaded(browser, server, tmp_path):
     person = Person(browser, server, "04_compare")
     person.run_all()
     person.page.locator(f"{PANEL} img").first.scroll_into_view_if_needed()
-    return person
-
-
-def test_run_all_of_04_fails_nowhere_every_picture_has_words_and_another_factor_is_another_picture(explorer):
-    assert explorer.silent() == []
+    assert person.silent() == []
     for factor in ("8x", "2x", "4x"):
-        explorer.changes(explorer.button(factor, "Upscale factor").click)
-        assert f"{factor}, by the {factor} network" in explorer.status
+        person.changes(person.button(factor, "Upscale factor").click)
+        assert f"{factor}, by the {factor} network" in person.status
 
-
-def test_a_photo_of_ones_own_is_uploaded(explorer, tmp_path):
     photo = Image.effect_noise((320, 240), 60).convert("RGB")
     photo.paste((200, 120, 80), (80, 60, 240, 200))
     photo.save(tmp_path / "me.png")
-    explorer.changes(explorer.button("Your photo", "Picture").click, STATUS)
+    person.changes(person.button("Your photo", "Picture").click, STATUS)
 
     def upload():
-        with explorer.page.expect_file_chooser() as chooser:
-            explorer.button("Choose a photo").click()
+        with person.page.expect_file_chooser() as chooser:
+            person.button("Choose a photo").click()
         chooser.value.set_files(tmp_path / "me.png")
 
-    explorer.changes(upload)
-    assert "me 4x, by the 4x network" in explorer.status
-    explorer.changes(explorer.button("Enlarge it", "Mode").click)
+    person.changes(upload)
+    assert "me 4x, by the 4x network" in person.status
+    person.changes(person.button("Enlarge it", "Mode").click)
 
 
 def test_training_that_is_stopped_goes_on_after_a_reload(browser, server):
@@ -220,10 +197,3 @@ def test_training_that_is_stopped_goes_on_after_a_reload(browser, server):
     (history,) = person.folder.glob("notebooks/srgan-work/runs/*/history.csv")
     steps = [int(line.split(",")[0]) for line in history.read_text().splitlines()[1:]]
     assert steps == list(range(1, total + 1))
-
-
-@pytest.mark.parametrize("stem", ["01_data", "02_model"])
-def test_run_all_fails_nowhere_and_every_picture_has_words(stem, browser, server):
-    person = Person(browser, server, stem)
-    person.run_all()
-    assert person.silent() == []

@@ -1,6 +1,4 @@
-"""The project on Colab's machine, played by the stand-in of `colab_standin.py`: the set-up cell's ways to the project and the
-failures of each, Drive and its failures, uploads, downloads, and all four notebooks, 03 cut off in the middle and continued on
-a fresh machine from Drive."""
+"""The project on Colab, played by `colab_standin.py`: set-up cell, Drive, uploads, downloads, notebooks (03 is cut off once)."""
 
 import contextlib
 import importlib.util
@@ -19,8 +17,9 @@ import IPython
 import nbformat
 import pytest
 from colab_standin import MOUNT_FAILURES, Machine, MessageError
-from conftest import TINY, fill_in
-from test_notebooks import NOTEBOOKS, address, cells, publish
+from conftest import TINY, execute, fill_in
+from nbclient.exceptions import DeadKernelError
+from test_notebooks import NOTEBOOKS, address, as_github, cells, publish
 
 import srgan_utils
 
@@ -36,7 +35,7 @@ def machine(tmp_path) -> Machine:
 @pytest.fixture
 def srgan(machine, tmp_path, monkeypatch):
     """srgan_utils.py as it is imported on that machine, from its current folder /content."""
-    colab_standin.copy_project(machine, ROOT, tmp_path / "project")
+    colab_standin.copy_project(ROOT, tmp_path / "project", machine.content)
     for name, module in colab_standin.modules(machine).items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(IPython, "get_ipython", colab_standin.shell_class(object))
@@ -48,9 +47,6 @@ def srgan(machine, tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     assert module.in_colab() and module.workspace() == machine.content / "srgan-work"
     return module
-
-
-# --- Drive
 
 
 def test_drive_is_mounted_once_and_asks_once(srgan, machine, capsys):
@@ -82,15 +78,6 @@ def test_every_failure_of_mount_is_one_loud_line_and_training_goes_on_here(failu
     assert sorted(point.rglob("*") if point.exists() else []) == [each for each in before if point in each.parents]
 
 
-def test_a_drive_that_is_not_mounted_is_no_place_for_a_backup(srgan, machine, store):
-    with pytest.raises(OSError, match="is not mounted"):
-        next(srgan.train(store, srgan.workspace() / "run", "sharp", TINY, backup=machine.content / "drive" / "MyDrive" / "srgan"))
-    assert not (machine.content / "drive").exists()
-
-
-# --- Uploads and downloads
-
-
 def test_what_is_chosen_lies_in_the_folder_once_and_cancelling_changes_nothing(srgan, machine):
     """Also where the current folder holds a file of that name already: Colab then calls the new one 'a (1).png'."""
     (machine.content / "a.png").write_bytes(b"older")
@@ -111,8 +98,6 @@ def test_the_zip_is_downloaded_and_kept_where_the_browser_refuses_it(srgan, mach
     assert (machine.content / "r.zip").exists()
 
 
-# --- The set-up cell: four ways to the project, in order
-
 SET_UP = cells(NOTEBOOKS[0])[0]
 RUN_IT = """
 import builtins, sys
@@ -130,8 +115,7 @@ exec(CELL)
 
 def opened_from(place: str) -> str:
     """What Colab says of a notebook that was opened from `place`, beside another one."""
-    notebooks = [{"path": "fileId=" + urllib.parse.quote(place, safe="")}, {"path": "fileId=1aB"}]
-    return json.dumps(notebooks)
+    return json.dumps([{"path": "fileId=" + urllib.parse.quote(place, safe="")}, {"path": "fileId=1aB"}])
 
 
 class Newcomer:
@@ -141,28 +125,19 @@ class Newcomer:
         self.here, self.github, self.stubs = place / "parent" / "here", place / "github", place / "stubs"
         for folder in (self.here, self.stubs / "torchmetrics", self.stubs / "pip"):
             folder.mkdir(parents=True)
-        self.loud = 'raise SystemExit("imported before it is needed")'
-        (self.stubs / "torchmetrics" / "__init__.py").write_text(self.loud)
+        (self.stubs / "torchmetrics" / "__init__.py").write_text('raise SystemExit("imported before it is needed")')
         (self.stubs / "pip" / "__init__.py").touch()  # or the environment's own pip, if it has one, comes first
         (self.stubs / "pip" / "__main__.py").write_text("import sys; print('pip', sys.argv[1:])")
-        self.environment = {"PATH": os.environ["PATH"], "HOME": str(place), "PYTHONPATH": str(self.stubs),
-                            "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{self.github}/.insteadOf",
-                            "GIT_CONFIG_VALUE_0": "https://github.com/"}
+        self.environment = {"PATH": os.environ["PATH"], "HOME": str(place), "PYTHONPATH": str(self.stubs)}
+        self.environment |= as_github(f"{self.github}/")
 
     def publish(self, name: str, branch: str = "main") -> None:
         """The project as a repository on GitHub, which says who it is when it is imported."""
         folder = self.github / name
-        git = ["git", "-C", str(folder), "-c", "user.name=test", "-c", "user.email=test@localhost"]
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            (folder / "requirements.txt").write_text("torchmetrics>=1")
-            subprocess.run([*git, "init", "--quiet", "--initial-branch", branch], check=True)
-        else:
-            subprocess.run([*git, "checkout", "--quiet", "-b", branch], check=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "requirements.txt").write_text("torchmetrics>=1")
         (folder / "srgan_utils.py").write_text(f"print('imported {name} {branch}')")
-        for command in ("add --all", "commit --quiet --message published"):
-            subprocess.run([*git, *command.split()], check=True)
-        subprocess.run([*git, "checkout", "--quiet", "main"], check=True)
+        publish(folder, branch)
 
     def replace_git(self, script: str) -> None:
         """Another program in the place of git; an empty script: there is none."""
@@ -212,30 +187,31 @@ def test_in_colab_the_notebooks_own_repository_and_branch_come_next(published, u
     assert printed == f"imported {name} {branch or 'main'}\nsrgan_utils.py is from https://github.com/{used}\n"
 
 
-SILENCE = {"not a list": {"answer": "{}"}, "no notebook": {"answer": "[]"}, "a web page": {"answer": "<html>"},
-           "no path": {"answer": '[{"name": "01_data.ipynb"}]'}, "from Drive": {"answer": opened_from("1aBcD")},
-           "a gist": {"answer": opened_from("https://gist.github.com/somebody/123")},
-           "an error": {"answer": opened_from(FORK), "status": 500}, "no answer": {"answer": opened_from(FORK), "seconds": 4}}
+ODD = ("{}", "[]", "<html>", '[{"name": "01_data.ipynb"}]', opened_from("1aBcD"), opened_from("https://gist.github.com/a/123"))
+UNTOLD = {answer: colab_standin.sessions(answer) for answer in ODD} | {
+    "an error": colab_standin.sessions(opened_from(FORK), status=500), "not told where": contextlib.nullcontext({}),
+    "no answer": colab_standin.sessions(opened_from(FORK), seconds=4),
+    "nobody listens": contextlib.nullcontext({"COLAB_JUPYTER_IP": "127.0.0.1", "KMP_TARGET_PORT": "9"})}
 
 
-@pytest.mark.parametrize("case", [*SILENCE, "nobody listens", "not told where"])
-def test_where_colab_does_not_say_it_the_address_in_the_cell_is_taken(case, newcomer):
+@pytest.mark.parametrize("told", UNTOLD.values(), ids=UNTOLD)
+def test_where_colab_does_not_say_it_the_address_in_the_cell_is_taken(told, newcomer):
     newcomer.publish(address())
     newcomer.publish("somebody/fork")
-    environment = {"nobody listens": {"COLAB_JUPYTER_IP": "127.0.0.1", "KMP_TARGET_PORT": "9"}, "not told where": {}}.get(case)
-    with contextlib.nullcontext(environment) if case not in SILENCE else colab_standin.sessions(**SILENCE[case]) as environment:
+    with told as environment:
         printed = newcomer.run("", environment)
     assert printed == f"imported {address()} main\nsrgan_utils.py is from https://github.com/{address()}\n"
 
 
-@pytest.mark.parametrize("script", ["", "exit 1", "sleep 30", "mkdir srgan-project; exit 1"],
-                         ids=["no git", "fails", "hangs", "half a clone"])
-def test_in_colab_a_dialog_asks_for_the_module_where_nothing_can_be_fetched(script, newcomer):
+@pytest.mark.parametrize("script, why", [
+    ("", ""), ('echo "asks: $GIT_TERMINAL_PROMPT" >&2; exit 1', "asks: 0"),  # for a password, which nobody could give
+    ("sleep 30", ""), ("mkdir srgan-project; exit 1", "")], ids=["no git", "fails", "hangs", "half a clone"])
+def test_in_colab_a_dialog_asks_for_the_module_where_nothing_can_be_fetched(script, why, newcomer):
     newcomer.replace_git(script)
     cell = SET_UP.replace("timeout=60", "timeout=1")
     assert cell != SET_UP
     printed = newcomer.run({"srgan_utils.py": b"print('imported mine')"}, cell=cell)
-    assert "could not be fetched (" in printed and "Please choose its file srgan_utils.py:" in printed
+    assert f"could not be fetched ({why}" in printed and "Please choose its file srgan_utils.py:" in printed
     assert printed.endswith("imported mine\nsrgan_utils.py is from your upload: srgan_utils.py\n")
 
 
@@ -247,25 +223,14 @@ def test_without_the_module_one_sentence_says_what_to_do(chosen, newcomer):
     assert ("Please choose" in printed) == (chosen is not None)
 
 
-def test_git_is_kept_from_asking_for_a_password(newcomer):
-    newcomer.replace_git('echo "asks: $GIT_TERMINAL_PROMPT" >&2; exit 1')
-    assert "is missing (asks: 0)" in newcomer.run()
-
-
 def test_what_is_missing_is_installed_before_anything_is_imported(newcomer):
+    """All that the project lists; beside an uploaded module, which comes without a list, torchmetrics."""
     shutil.rmtree(newcomer.stubs / "torchmetrics")
     newcomer.publish(address())
     listed = newcomer.here / "srgan-project" / "requirements.txt"
     assert newcomer.run().startswith(f"pip ['install', '--quiet', '-r', '{listed}']\nimported {address()} main\n")
-
-
-def test_beside_an_uploaded_module_only_torchmetrics_is_installed(newcomer):
-    shutil.rmtree(newcomer.stubs / "torchmetrics")
     (newcomer.here / "srgan_utils.py").write_text("print('imported mine')")
     assert newcomer.run().startswith("pip ['install', '--quiet', 'torchmetrics']\nimported mine\n")
-
-
-# --- The four notebooks
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +238,9 @@ def colab(tmp_path_factory):
     """A machine of Colab's, the project "on GitHub", and kernels that run there."""
     place = tmp_path_factory.mktemp("colab")
     machine = Machine(place / "content", place / "cloud")
-    colab_standin.copy_project(machine, ROOT, place / "project")
-    settings = publish(place / "project") | colab_standin.start_in_kernels(machine, place / "ipython")
+    colab_standin.copy_project(ROOT, place / "project", machine.content)
+    publish(place / "project")
+    settings = as_github(place / "project", address()) | colab_standin.start_in_kernels(machine, place / "ipython")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (settings | {"TORCH_HOME": str(place / "torch")}).items():
             patch.setenv(name, value)
@@ -284,9 +250,6 @@ def colab(tmp_path_factory):
 
 def run_all(machine: Machine, stem: str, cut: bool = False, **form) -> str:
     """What the notebook prints on a fresh machine, with fields of its forms changed; cut: which goes once there is a backup."""
-    from nbclient import NotebookClient
-    from nbclient.exceptions import DeadKernelError
-
     shutil.rmtree(machine.content, ignore_errors=True)
     machine.content.mkdir()
     notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
@@ -294,18 +257,16 @@ def run_all(machine: Machine, stem: str, cut: bool = False, **form) -> str:
     for cell in notebook.cells:
         if cut and "srgan.watch(" in cell.source:
             cell.source += "\n    import os\n    event.backup.startswith('update') and os.kill(os.getpid(), 9)"
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(machine.content)}})
+    printed = ""
     with pytest.raises(DeadKernelError) if cut else contextlib.nullcontext():
-        client.execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("data:image/png" in str(output) for output in outputs)
-    return "".join(output.get("text", "") for output in outputs)
+        printed = execute(notebook, machine.content)
+    assert any("data:image/png" in str(cell.get("outputs")) for cell in notebook.cells)
+    return printed
 
 
 @pytest.fixture(scope="module")
 def trained(colab) -> tuple[Path, int, str]:
-    """03, cut off when a backup was on Drive, then run again on a fresh machine: its folder on Drive, the update at which it
-    was cut, and what the second session printed."""
+    """03, cut off and run again on a fresh machine: its folder on Drive, the update of the cut, what the second session said."""
     run_all(colab, "03_train", cut=True, source="synthetic")
     (folder,) = (colab.cloud / "srgan" / "runs").iterdir()
     kept = srgan_utils.newest_checkpoint(folder / "none", folder)["update"]

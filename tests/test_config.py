@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 
 import pytest
+from conftest import refused
 
 import srgan_utils as srgan
 
@@ -19,40 +20,29 @@ import srgan_utils as srgan
     ("paper", {"crop": 178, "hr_size": 128, "flip": True, "residual_blocks": 16, "kernel_size": 9, "batch_norm": 0.1,
                "shared_upsampling": False, "skip": False, "output": "tanh", "discriminator": "dense", "distance": "mse",
                "content": "vgg", "pixel_weight": 0, "vgg_layers": "relu5", "vgg_rescale": 12.75, "adversarial": "bce",
-               "adversarial_weight": 1e-3, "learning_rate": 1e-4, "decay": "step", "beta1": 0.9, "beta2": 0.999, "batch_size": 16}),
+               "adversarial_weight": 1e-3, "learning_rate": 1e-4, "decay": "step", "beta1": 0.9, "beta2": 0.999,
+               "batch_size": 16}),
     ("sharp", {"crop": 176, "hr_size": 176, "flip": True, "batch_norm": 0, "shared_upsampling": False, "icnr": True, "skip": True,
                "discriminator": "places", "distance": "l1", "content": "vgg", "pixel_weight": 1}),
     ("demo", {"scale": 4, "content": "pixel"}),  # needs no download
 ])
-def test_preset_has_the_numbers_of_the_design(name, numbers):
+def test_preset_has_the_numbers_of_the_design_and_takes_every_scale(name, numbers):
     config = srgan.Config.preset(name)
     assert config.preset_name == name and {field: getattr(config, field) for field in numbers} == numbers
     assert srgan.Config() == srgan.Config.preset("sharp")  # the default
-
-
-@pytest.mark.parametrize("name", ["report", "paper", "sharp", "demo"])
-def test_every_preset_takes_every_scale_and_survives_json(name):
     for stages, scale in enumerate([2, 4, 8, 16], start=1):
-        config = srgan.Config.preset(name, scale=scale, seed=2**32 - 1).for_faces(1234)
-        assert (config.scale, config.stages) == (scale, stages)
-        assert srgan.Config.from_dict(json.loads(json.dumps(asdict(config)))) == config
-
-
-@pytest.mark.parametrize("scale", [0, 1, 3, 6, 32, -4, 4.5, "four", "3", "", None, True])
-def test_an_impossible_scale_is_refused_with_the_possible_ones(scale):
-    with pytest.raises(ValueError, match=rf"^scale={scale}: .*2, 4, 8,? (or )?16$"):
-        srgan.Config(scale=scale)
+        other = srgan.Config.preset(name, scale=scale).for_faces(1234)
+        assert other.stages == stages and srgan.Config.from_dict(json.loads(json.dumps(asdict(other)))) == other
 
 
 @pytest.mark.parametrize("values, message", [
     ({"preset_name": "sharpp"}, "preset_name=sharpp: did you mean 'sharp'"), ({"content": "pixels"}, "did you mean 'pixel'"),
-    ({"residual_block": 3}, "no field 'residual_block': did you mean 'residual_blocks'"), ({"vgg_layers": "pool6"}, "as in conv2,conv3"),
-    ({"learning_rates": 1}, "no field 'learning_rates': did you mean 'learning_rate'"), ({"vgg_layer": 19}, "'vgg_layers'"),
-    ({"kernel_size": 11}, "3, 5, 7, 9"), ({"kernel_size": 4}, "3, 5, 7, 9"), ({"precision": "half"}, "auto, fp32, bf16, fp16")])
+    ({"residual_block": 3}, "no field 'residual_block': did you mean 'residual_blocks'"), ({"vgg_layer": 19}, "'vgg_layers'"),
+    ({"kernel_size": 4}, "3, 5, 7, 9"), ({"precision": "half"}, "auto, fp32, bf16, fp16"),
+    *(({"vgg_layers": layers}, "vgg_layers.*as in conv2,conv3") for layers in ("pool6", "conv2, conv3", "", "fc1"))])
 def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(values, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(ValueError, message):
         srgan.Config.from_dict(values)
-    assert str(caught.value).isprintable()
     with pytest.raises(ValueError, match=message):
         srgan.Config.preset(values.pop("preset_name", "sharp"), **values)
 
@@ -63,21 +53,22 @@ def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(values, messag
     ("learning_rate", 2.0), ("pretrain_steps", 2 * 10**9), ("adversarial_weight", -0.1), ("beta1", 1.0), ("beta2", 1.0),
     ("ema", 1.0), ("batch_norm", 1.5), ("vgg_rescale", -1.0), ("save_steps", 0), ("save_minutes", 0.0), ("seed", -1),
     ("seed", 2**32), ("learning_rate", float("inf")), ("epochs", -1.0), ("patch_size", 8)])
-def test_the_nearest_valid_number_that_a_refusal_names_is_valid(field, value):
+def test_the_ends_of_the_range_that_a_refusal_names_are_valid(field, value):
     with pytest.raises(ValueError, match=f"^{field}=") as caught:
         srgan.Config(**{field: value})
-    nearest = float(re.search(r"the nearest valid: (\S+)$", str(caught.value))[1])
-    assert getattr(srgan.Config(**{"hr_size": 64, "patch_size": None} | {field: nearest}), field) == nearest
-    usual = getattr(srgan.Config(), field) or 64  # a patch_size of None is all
-    assert (nearest > usual) == (float(value) > usual)  # on the same side
+    low, high = map(float, re.search(r"number from (\S+) to (\S+)$", str(caught.value)).groups())
+    for end in (low, high):
+        assert getattr(srgan.Config(**{"hr_size": 64, "patch_size": None} | {field: end}), field) == end
+    assert not low <= float(value) <= high
 
 
-@pytest.mark.parametrize("field, value, wanted", [
-    *(("batch_size", value, "a whole number") for value in (8.5, True, None, "many", "8.5", "inf")),
-    *(("learning_rate", value, "a number") for value in ("small", "nan", None)), ("steps", [1], "a whole number"),
-    *(("flip", value, "true or false") for value in (1, "yes"))])
-def test_a_value_of_the_wrong_kind_is_refused(field, value, wanted):
-    with pytest.raises(ValueError, match=rf"^{field}={re.escape(str(value))} must be {wanted}$"):
+@pytest.mark.parametrize("field, value, message", [
+    *(("scale", value, ": .*2, 4, 8,? (or )?16") for value in (0, 1, 3, 6, 32, -4, 4.5, "four", "3", "", None, True)),
+    *(("batch_size", value, " must be a whole number from .*") for value in (8.5, True, None, "many", "8.5", "inf")),
+    *(("learning_rate", value, " must be a number from .*") for value in ("small", "nan", None)),
+    *(("flip", value, ": choose from true, false") for value in (1, "yes")), ("steps", [1], " must be a whole number from .*")])
+def test_a_value_of_the_wrong_kind_is_refused_and_an_impossible_scale_with_the_possible_ones(field, value, message):
+    with pytest.raises(ValueError, match=rf"^{field}={re.escape(str(value))}{message}$"):
         srgan.Config(**{field: value})
 
 
@@ -102,10 +93,7 @@ def test_a_bad_hr_size_or_patch_size_is_answered_with_the_nearest_good_one(discr
     assert abs(nearest - hr_size) == min(abs(size - hr_size) for size in range(16, 1025, needed))
     with pytest.raises(ValueError, match="patch_size=50 is not a multiple of 4 .*; the nearest that is: (48|52)$"):
         srgan.Config(patch_size=50)
-
-
-def test_a_patch_larger_than_hr_size_means_hr_size():
-    for hr_size, patch_size, patch in ((64, 96, 64), (96, 48, 48), (96, None, 96)):
+    for hr_size, patch_size, patch in ((64, 96, 64), (96, 48, 48), (96, None, 96)):  # a larger patch means hr_size
         assert srgan.Config(hr_size=hr_size, patch_size=patch_size).patch == patch
 
 

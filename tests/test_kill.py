@@ -20,14 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from conftest import SmallDiscriminator, final_state
+from conftest import TINY, SmallDiscriminator, final_state
 from tqdm import tqdm
 
 import srgan_utils as srgan
 
 # Saves after every update, so that many kills hit one
-CHANGES = {"hr_size": 32, "patch_size": 32, "channels": 8, "residual_blocks": 1, "batch_size": 2, "precision": "fp32", "content": "pixel",
-           "pretrain_steps": 12, "steps": 12, "ramp_steps": 4, "warmup_steps": 2, "save_steps": 1, "sample_steps": 99}
+CHANGES = TINY | {"pretrain_steps": 12, "steps": 12, "ramp_steps": 4, "save_steps": 1, "sample_steps": 99}
 
 
 def in_child(work, seconds: float | None = None) -> bool:
@@ -52,11 +51,11 @@ def in_child(work, seconds: float | None = None) -> bool:
 def kill(work, place: Path, kills: int, chance: random.Random) -> str:
     """Kill `work(folder, backup)` again and again, until it is done; then anew, until there are so many kills."""
     work(place / "whole", place / "whole-backup")  # here, so that what it imports need not be imported by each child
-    began = time.perf_counter()
+    began, folder, backup = time.perf_counter(), place / "run", place / "backup"
     assert in_child(lambda: work(place / "again", place / "again-backup"))
-    whole, expected, folder, backup = time.perf_counter() - began, final_state(place / "whole"), place / "run", place / "backup"
+    whole, expected = time.perf_counter() - began, final_state(place / "whole")
     assert expected == final_state(place / "again")
-    count = {"kills": 0, "while writing": 0, "machines lost": 0, "runs": 0, "identical": 0}
+    count = dict.fromkeys(("kills", "while writing", "machines lost", "runs", "identical"), 0)
     while count["kills"] < kills:
         lost, count["runs"] = False, count["runs"] + 1
         while not in_child(lambda: work(folder, backup), chance.uniform(0, 0.6 * whole) if count["kills"] < kills else None):

@@ -1,4 +1,4 @@
-"""What `sharp` is made of: a generator that sees the face, verdicts by place, a loss that looks, LR as the web makes it."""
+"""What `sharp` is made of: verdicts by place, a loss that looks, LR as the web makes it."""
 
 import io
 from dataclasses import replace
@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from torch import nn
 
 import srgan_utils as srgan
 
@@ -21,40 +20,9 @@ def small_state(**changes):
     return srgan.TrainState(srgan.Config(**(SMALL | changes)).for_faces(8), CPU)
 
 
-def images(side=64, scale=4):
-    hr = srgan.quantise(srgan.bicubic(torch.cat([srgan.synthetic_face(index) for index in (0, 1)]), side))
-    return srgan.quantise(srgan.bicubic(hr, side // scale)), hr
-
-
-# --- The generator
-
-
-def test_channels_halve_at_each_doubling_so_that_a_deeper_network_costs_less_at_8x():
-    sharp = srgan.Config(scale=8)
-    first = replace(sharp, channels=64, residual_blocks=8, dilation=1, taper=False)  # of the first generation
-    lr = torch.empty(1, 3, 22, 22)
-    with torch.device("meta"):
-        networks = [srgan.Generator(each) for each in (sharp, first)]
-        costs = [srgan.layer_costs(network, lr.to("meta")) for network in networks]
-    assert [block.conv.out_channels // 4 for block in networks[0].upsample] == [48, 24, 16]
-    assert [layer.dilation[0] for block in networks[0].blocks for layer in block.body if isinstance(layer, nn.Conv2d)] == [1, 1, 1, 1, 4, 1] * 4
-    multiplications = [sum(count for _, count in each.values()) for each in costs]
-    assert multiplications[0] < multiplications[1] and 2 * srgan.count_parameters(networks[0]) < 5e6  # bytes in half precision
-
-
-@pytest.mark.parametrize("dilation, taper", [(1, False), (4, True), (2, False)])
-def test_the_radius_is_how_far_a_pixel_sees(dilation, taper):
-    """By the gradient of one pixel in the middle: nothing beyond the radius, something within a few px of it."""
-    config = srgan.Config(scale=2, channels=8, residual_blocks=6, dilation=dilation, taper=taper)
-    torch.manual_seed(0)
-    generator, lr = srgan.Generator(config).eval(), torch.rand(1, 3, 81, 81, requires_grad=True)
-    generator(lr)[0, :, 80:82, 80:82].sum().backward()
-    seen = lr.grad.abs().sum((0, 1)).nonzero()
-    radius, farthest = srgan.receptive_radius(config), (seen - 40).abs().max().item()
-    assert radius - 3 <= farthest <= radius
-
-
-# --- The discriminator
+def images():
+    hr = srgan.quantise(srgan.bicubic(torch.cat([srgan.synthetic_face(index) for index in (0, 1)]), 64))
+    return srgan.quantise(srgan.bicubic(hr, 16)), hr
 
 
 def test_a_verdict_for_each_place_and_one_for_the_whole_which_depend_on_lr():
@@ -62,9 +30,6 @@ def test_a_verdict_for_each_place_and_one_for_the_whole_which_depend_on_lr():
     discriminator, (lr, hr) = srgan.Discriminator(config).eval(), images()
     place, whole = discriminator(hr, lr)
     assert place.shape == (2, 1, 8, 8) and whole.shape == (2, 1)
-    for image, its_lr, *verdicts in zip(hr.split(1), lr.split(1), place.split(1), whole.split(1)):  # images do not meet
-        for alone, beside in zip(discriminator(image, its_lr), verdicts):
-            torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
     for mine, others in zip(discriminator(hr, lr), discriminator(hr, lr.flip(0))):
         assert (mine - others).abs().min() > 0  # the detail of *this* face
     changed = hr.clone()
@@ -73,26 +38,12 @@ def test_a_verdict_for_each_place_and_one_for_the_whole_which_depend_on_lr():
     assert apart[0, 0] > 0 and apart[-1, -1] == 0  # a place is judged by what is near it
 
 
-def test_each_kind_of_verdict_counts_the_same():
-    """However many places there are."""
+def test_each_kind_of_verdict_counts_the_same_and_so_does_each_depth_over_hrs_own_magnitude():
     place, whole = torch.full((2, 1, 9, 9), 0.5), torch.full((2, 1), -1.0)
     assert srgan.adversarial_loss([place, whole], "least_squares").item() == pytest.approx((0.5 * 0.25 + 0.5 * 4) / 2)
     assert srgan.discriminator_loss([place, whole], [whole, place], "least_squares").item() == pytest.approx(
         (0.5 * 0.25 + 0.5 * 4) / 2 + (0.5 * 1 + 0.5 * 0.25) / 2)
-
-
-def test_the_discriminator_learns_at_its_own_rate():
-    state, (lr, hr) = small_state(discriminator_rate=3.0, pretrain_steps=0, decay="none"), images()
-    srgan._one_update(state, lr, hr)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in (state.g_optimizer, state.d_optimizer)]
-    assert rates == pytest.approx([2e-4, 6e-4])
-
-
-# --- The loss
-
-
-def test_each_depth_counts_the_same_over_hrs_own_magnitude():
-    a, b = [torch.full((2, 3, 8, 8), 3.0), torch.full((2, 6, 4, 4), 80.0)], [torch.full((2, 3, 8, 8), -2.0), torch.full((2, 6, 4, 4), 100.0)]
+    a, b = ([torch.full((2, 3, 8, 8), value), torch.full((2, 6, 4, 4), large)] for value, large in ((3.0, 80.0), (-2.0, 100.0)))
     assert srgan.feature_loss(a, b).item() == pytest.approx((5 / 2 + 20 / 100) / 2)
     assert srgan.feature_loss(a, b, "mse", rescale=2.0).item() == pytest.approx((25 / 4 + 400 / 4) / 2)
 
@@ -102,16 +53,14 @@ def test_vgg_gives_the_layers_that_are_named_before_their_activation():
     maps = srgan.VGGFeatures(srgan.Config(vgg="random", vgg_layers="conv3,relu1,conv2"))(images()[1])
     assert [tuple(each.shape) for each in maps] == [(2, 256, 16, 16), (2, 64, 64, 64), (2, 128, 32, 32)]
     assert [bool((each < 0).any()) for each in maps] == [True, False, True]
-    for wrong in ("conv6", "conv2, conv3", "", "fc1"):
-        with pytest.raises(ValueError, match="vgg_layers.*as in conv2,conv3"):
-            srgan.Config(vgg_layers=wrong)
 
 
 def test_vgg_sees_a_window_that_is_a_function_of_seed_and_update():
     """The same in a resumed run; elsewhere the content loss asks for nothing. Over the updates all places come."""
     windows = []
     for update in (3, 3, 4):
-        state, (lr, hr) = small_state(content="vgg", vgg="random", vgg_window=24, vgg_layers="conv1", pixel_weight=0.0, adversarial_weight=0.0), images()
+        state, (lr, hr) = small_state(content="vgg", vgg="random", vgg_window=24, vgg_layers="conv1", pixel_weight=0.0,
+                                      adversarial_weight=0.0), images()
         state.update, sr = update, (0.9 * hr).requires_grad_()
         srgan.generator_step(state, lr, sr, hr)
         rows, columns = (sr.grad.abs().sum((0, 1)).amax(axis).nonzero().flatten() for axis in (1, 0))
@@ -121,21 +70,16 @@ def test_vgg_sees_a_window_that_is_a_function_of_seed_and_update():
 
 
 def test_weighted_terms_add_up_to_the_loss():
-    """What history.csv shows of the balance: with the pixel loss they are the generator's whole loss."""
-    state, (lr, hr) = small_state(content="vgg", vgg="random", vgg_layers="conv1", content_weight=0.7, adversarial_weight=0.2, ramp_steps=4, pixel_weight=2.0), images()
+    state, (lr, hr) = small_state(content="vgg", vgg="random", vgg_layers="conv1", content_weight=0.7, adversarial_weight=0.2,
+                                  ramp_steps=4, pixel_weight=2.0), images()
     state.update = state.config.pretrain_steps + 1  # half of the ramp
     losses = srgan.generator_step(state, lr, state.generator(lr), hr)
     assert losses["weighted_content"].item() == pytest.approx(0.7 * losses["content"].item())
     assert losses["weighted_adversarial"].item() == pytest.approx(0.5 * 0.2 * losses["adversarial"].item())
-    whole = losses["weighted_content"] + losses["weighted_adversarial"] + 2 * losses["pixel"]
-    torch.testing.assert_close(losses["g_loss"], whole)
-
-
-# --- The stages
+    torch.testing.assert_close(losses["g_loss"], losses["weighted_content"] + losses["weighted_adversarial"] + 2 * losses["pixel"])
 
 
 def test_the_adversarial_stage_starts_from_the_average_and_averages_anew():
-    """So the length of pre-training does not decide how far the final network lags behind."""
     state, (lr, hr) = small_state(ema=0.9), images()
     for _ in range(2):
         srgan._one_update(state, lr, hr)
@@ -147,29 +91,24 @@ def test_the_adversarial_stage_starts_from_the_average_and_averages_anew():
         torch.testing.assert_close(state.ema.state_dict()[name], 0.1 * parent[name] + 0.9 * value)  # update 0 of the stage
 
 
-def test_the_papers_rate_falls_to_a_tenth_half_way_through_the_adversarial_stage():
-    config = srgan.Config.preset("paper", pretrain_steps=10, steps=20).for_faces(100)
-    rates = [srgan._learning_rate(config, update) for update in range(30)]
-    assert rates == pytest.approx([1e-4] * 20 + [1e-5] * 10)
-
-
-def test_the_paper_warns_where_its_epochs_are_too_few_to_show_anything(store, tmp_path):
-    """And names the absolute numbers."""
+def test_the_papers_rate_falls_half_way_and_too_few_epochs_are_told_its_numbers(store, tmp_path):
+    changes = SMALL | {"pretrain_steps": 10, "steps": 20}
+    state, (lr, hr) = srgan.TrainState(srgan.Config.preset("paper", **changes).for_faces(100), CPU), images()
+    for state.update, rate in ((0, 1e-4), (9, 1e-4), (10, 1e-4), (19, 1e-4), (20, 1e-5), (29, 1e-5)):
+        srgan.pretrain_step(state, lr, hr)
+        assert state.g_optimizer.param_groups[0]["lr"] == pytest.approx(rate)
     events = srgan.train(store, tmp_path, "paper", TINY | {"discriminator": "places"})
     assert "6 updates show little; the paper did 1,000,000 and then 200,000" in " ".join(next(events).notes)
 
 
-def test_lpips_is_asked_of_the_network_that_is_named(store, tiny_run, monkeypatch):
+def test_lpips_is_asked_of_the_network_that_is_named(store, tiny_run, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(srgan, "lpips", lambda sr, hr, net: asked.append(net) or torch.zeros(len(sr)))
     generator, config, _ = srgan.load_generator(tiny_run / "generator.safetensors")
     row, = srgan.evaluate(generator, config, store, [0], "squeeze")
     assert asked == ["squeeze"] * 2 and row["srgan_lpips"] == row["bicubic_lpips"] == 0
-    assert srgan.main(["compare", "--store", str(store.folder), "--out", str(tiny_run / "c"), "--run", str(tiny_run), "--count", "1",
-                       "--lpips"]) == 0 and asked[2:] == ["alex"] * 2
-
-
-# --- LR as the web makes it
+    compare = ["compare", "--store", store.folder, "--out", tmp_path, "--run", tiny_run, "--count", 1, "--lpips"]
+    assert srgan.main(list(map(str, compare))) == 0 and asked[2:] == ["alex"] * 2
 
 
 def test_a_web_copy_is_blurred_reduced_noisy_and_a_jpeg():
@@ -191,7 +130,9 @@ def test_degraded_batches_are_a_function_of_seed_and_update_and_hr_stays_clean(s
     clean = replace(config, degrade=False)
     (lr, hr), again = (srgan.batch(store, config, 5, CPU) for _ in range(2))
     assert torch.equal(lr, again[0]) and torch.equal(hr, again[1]) and torch.equal(hr, srgan.batch(store, clean, 5, CPU)[1])
-    assert all((a - b).abs().max() > 2 / 255 for a, b in zip(lr, srgan.batch(store, clean, 5, CPU)[0]))
+    damaged = [not torch.equal(a, b) for update in range(8)  # each damage in half of the faces: an eighth has none
+               for a, b in zip(*(srgan.batch(store, each, update, CPU)[0] for each in (config, clean)))]
+    assert 20 <= sum(damaged) < 32
     halves = [srgan.batch(store, config, 5, CPU, (number, 2))[0] for number in (0, 1)]  # each process makes its own
     assert torch.equal(torch.cat(halves), lr)
 

@@ -1,12 +1,10 @@
-"""What the notebooks show of networks: costs of layers, receptive fields, shapes on the way, source code; what they measure."""
+"""What the notebooks show of networks (costs of layers, receptive fields, shapes, source code) and what they measure."""
 
 import ast
-import inspect
 import json
 import os
 from pathlib import Path
 
-import IPython.display
 import numpy as np
 import pytest
 import torch
@@ -23,23 +21,21 @@ def made(preset="sharp", scale=4, **changes):
         return config, srgan.Generator(config), srgan.Discriminator(config)
 
 
-def test_costs_of_one_convolution_by_hand():
-    conv = torch.nn.Conv2d(3, 64, 9, stride=2, padding=4)
-    costs = srgan.layer_costs(conv, torch.rand(2, 3, 20, 30))
-    assert costs == {"": (3 * 64 * 81 + 64, 2 * 3 * 64 * 81 * 10 * 15), "all else": (0, 0)}
-
-
-def test_costs_of_a_small_generator_by_hand():
-    """Every layer of `report` with 8 channels on 6 x 5 px, the shared block's two uses in one row."""
-    _, generator, _ = made("report", channels=8, residual_blocks=1)
-    area, block = 30, (8 * 8 * 9 + 8, 8 * 8 * 9 * 30)
-    assert srgan.layer_costs(generator, torch.empty(1, 3, 6, 5, device="meta")) == {
+def test_costs_and_shapes_of_a_small_generator_by_hand():
+    """Every layer of `report` with 8 channels on two images of 6 x 5 px, the shared block's two uses in one row."""
+    (_, generator, _), images = made("report", channels=8, residual_blocks=1), torch.empty(2, 3, 6, 5, device="meta")
+    area, block = 2 * 30, (8 * 8 * 9 + 8, 8 * 8 * 9 * 2 * 30)
+    assert srgan.layer_costs(generator, images) == {
         "head.0": (3 * 8 * 81 + 8, 3 * 8 * 81 * area),
         "blocks.0.body.0": block, "blocks.0.body.3": block, "merge.0": block,
         "upsample.0.conv": (8 * 32 * 9 + 32, 8 * 32 * 9 * (area + 4 * area)),
         "tail": (8 * 3 * 81 + 3, 8 * 3 * 81 * 16 * area),
         "all else": (1 + 1 + 1 + 3 * 16, 0),  # three PReLUs and three BatchNorms
     }
+    lines = srgan.shape_walk(generator, images).splitlines()  # in the order of the forward pass
+    assert [line.split()[0][:8] for line in lines] == ["head", "blocks", "merge", "upsample", "upsample", "tail"]
+    assert "(2, 8, 12, 10) -> (2, 8, 24, 20)" in " ".join(lines[4].split()) and generator.training
+    assert lines[0].split()[-1] == f"{srgan.count_parameters(generator.head):,}" == "1,953"
 
 
 @pytest.mark.parametrize("preset", ["report", "paper", "sharp", "demo"])
@@ -54,69 +50,40 @@ def test_costs_add_up_to_the_totals_and_keep_the_mode(preset):
             model.eval()(*inputs)
         assert multiplications == counter.get_total_flops() // 2
         assert all(own > 0 and count > 0 for name, (own, count) in costs.items() if name != "all else")
-        if preset == "sharp" and model is generator:  # the blur: 9 for each value, and 4 for each of its kernel's own 9
-            assert costs["all else"][1] == 9 * 16 * 16 * (4 * 48 + 16 * 24) + 2 * 4 * 9
 
 
-@pytest.mark.parametrize("preset, upsampling", [("report", "shuffle"), ("paper", "shuffle"), ("sharp", "shuffle"),
-                                                ("sharp", "blur"), ("sharp", "resize")])
+@pytest.mark.parametrize("preset, changes", [("report", {}), ("paper", {}), *(("sharp", {"upsampling": kind}) for kind in (
+    "shuffle", "blur", "resize")), ("sharp", {"residual_blocks": 3}), ("sharp", {"residual_blocks": 6, "dilation": 2})], ids=str)
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @pytest.mark.filterwarnings("ignore:TF32")  # of torch's, about another machine
-def test_receptive_radius(preset, upsampling, scale):
-    """LR px that a pixel of SR depends on, by gradients: none beyond the radius, some not far inside; one more block adds 2."""
-    reach = []
-    for blocks in (1, 2):
-        config = srgan.Config.preset(preset, scale=scale, channels=4, residual_blocks=blocks, upsampling=upsampling)
-        torch.manual_seed(0)
-        generator, radius, touched = srgan.Generator(config).eval(), srgan.receptive_radius(config), torch.zeros(41, 41)
-        for corner in (20 * scale, 21 * scale - 1):
-            lr = torch.rand(1, 3, 41, 41).requires_grad_()
-            with torch.backends.mkldnn.flags(enabled=False):  # the plain convolution: exact zeros stay zeros
-                generator(lr)[..., corner, corner].sum().backward()
-            touched += lr.grad[0].abs().amax(0)
-        reach.append((touched.nonzero() - 20).abs().max().item())
-        assert radius - 4 <= reach[-1] <= radius < 20
-    assert reach[1] - reach[0] == 2
+def test_the_receptive_radius_is_how_far_a_pixel_sees(preset, changes, scale):
+    """LR px that a pixel of SR depends on, by gradients: none beyond the radius, some within a few px of it."""
+    config = srgan.Config.preset(preset, **{"scale": scale, "channels": 4, "residual_blocks": 2} | changes)
+    torch.manual_seed(0)
+    generator, radius = srgan.Generator(config).eval(), srgan.receptive_radius(config)
+    middle = radius + 3
+    touched = torch.zeros(2 * middle + 1, 2 * middle + 1)
+    for corner in (middle * scale, (middle + 1) * scale - 1):
+        lr = torch.rand(1, 3, *touched.shape, requires_grad=True)
+        with torch.backends.mkldnn.flags(enabled=False):  # the plain convolution: exact zeros stay zeros
+            generator(lr)[..., corner, corner].sum().backward()
+        touched += lr.grad[0].abs().amax(0)
+    assert radius - 4 <= (touched.nonzero() - middle).abs().max() <= radius
 
 
-def test_shapes_are_told_in_the_order_of_the_forward_pass():
-    _, generator, _ = made("report", channels=8, residual_blocks=1)
-    lines = srgan.shape_walk(generator, torch.empty(2, 3, 6, 5, device="meta")).splitlines()
-    assert [line.split()[0][:8] for line in lines] == ["head", "blocks", "merge", "upsample", "upsample", "tail"]
-    assert "(2, 8, 12, 10) -> (2, 8, 24, 20)" in " ".join(lines[4].split()) and generator.training
-    assert lines[0].split()[-1] == f"{srgan.count_parameters(generator.head):,}" == "1,953"
-
-
-def test_source_is_shown_as_it_stands_in_the_file(monkeypatch):
-    shown = []
-    monkeypatch.setattr(IPython.display, "display", shown.append)
-    srgan.show_source(srgan.ResidualBlock, srgan.pixel_loss)
-    assert [each.data for each in shown] == [f"```python\n{inspect.getsource(each)}```"
-                                             for each in (srgan.ResidualBlock, srgan.pixel_loss)]
-
-
-# --- What the notebooks measure, by functions of their own
-
-
-def run_cell(stem: str, ident: str, functions_only: bool = False, **given) -> dict:
-    """The names that a notebook's cell defines, with what other cells would have given it."""
+def names_of(stem: str, ident: str, whole: bool = False, **given) -> dict:
+    """What a notebook's cell defines, with what other cells would have given it; not whole: only its functions are run."""
     (cell,) = [cell for cell in json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text())["cells"] if cell["id"] == ident]
     tree = ast.parse("".join(cell["source"]))
-    if functions_only:
-        tree.body = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.Import, ast.ImportFrom))]
+    tree.body = [node for node in tree.body if whole or isinstance(node, (ast.FunctionDef, ast.Import, ast.ImportFrom))]
     names = {"srgan": srgan, "torch": torch} | given
     exec(compile(tree, ident, "exec"), names)
     return names
 
 
-def functions_of(stem: str, ident: str, **given) -> dict:
-    return run_cell(stem, ident, functions_only=True, **given)
-
-
 def test_the_newest_picture_is_found_whatever_its_name(tmp_path):
-    newest_photo = functions_of("04_compare", "04-newest")["newest_photo"]
+    newest_photo, photo = names_of("04_compare", "04-newest")["newest_photo"], srgan.synthetic_face(1)
     assert newest_photo(tmp_path)[1] is None
-    photo = srgan.synthetic_face(1)
     srgan.save_image(photo, tmp_path / "old.png")
     (tmp_path / "old.png").rename(tmp_path / "old")
     srgan.save_image(1 - photo, tmp_path / "older.png")
@@ -126,19 +93,6 @@ def test_the_newest_picture_is_found_whatever_its_name(tmp_path):
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     name, found = newest_photo(tmp_path)
     assert name == "old" and found.equal(photo)
-    for name in ("old", "older.png"):
-        (tmp_path / name).unlink()
-    assert newest_photo(tmp_path)[1] is None
-
-
-def test_interval_of_the_blind_test_is_wilsons():
-    """Against the values of published tables, and by its definition: at its ends the share is 1.96 deviations away."""
-    interval = functions_of("04_compare", "quiz-score")["interval"]
-    assert interval(7, 10) == pytest.approx((0.3968, 0.8922), abs=1e-4)
-    assert interval(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
-    for right, asked in ((1, 4), (5, 10), (9, 10)):
-        for end in interval(right, asked):
-            assert abs(right / asked - end) == pytest.approx(1.96 * (end * (1 - end) / asked) ** 0.5)
 
 
 def test_the_blind_test_knows_which_ones_are_real(store, monkeypatch):
@@ -148,29 +102,33 @@ def test_the_blind_test_knows_which_ones_are_real(store, monkeypatch):
     test, black = np.arange(20), lambda network, lr: torch.zeros(len(lr), 3, 176, 176)
     given = {"store": store, "test": test, "config": srgan.Config(), "enlarged": black, "mixture": None,
              "verdict": lambda answers, truths: ""}
-    truths = run_cell("04_compare", "quiz", **given)["truths"]
+    truths = names_of("04_compare", "quiz", whole=True, **given)["truths"]
     is_real = [image.sum().item() > 0 for image in drawn]
     assert len(truths) == 10 and set(truths) == {"L", "R"}
     assert list(zip(is_real[::2], is_real[1::2])) == [(truth == "L", truth == "R") for truth in truths]
 
 
-def test_verdict_of_the_blind_test():
-    verdict = functions_of("04_compare", "quiz-score")["verdict"]
+def test_the_blind_test_tells_the_share_and_wilsons_interval():
+    """Against the values of published tables, and by its definition: at its ends the share is 1.96 deviations away."""
+    names = names_of("04_compare", "quiz-score")
+    interval, verdict = names["interval"], names["verdict"]
+    assert interval(7, 10) == pytest.approx((0.3968, 0.8922), abs=1e-4)
+    assert interval(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    for right, asked in ((1, 4), (5, 10), (9, 10)):
+        for end in interval(right, asked):
+            assert abs(right / asked - end) == pytest.approx(1.96 * (end * (1 - end) / asked) ** 0.5)
     told = verdict("LLRL", "LLRR")
     assert told.startswith("3 of 4 right; 95 % interval of your share: 30% to 95%.") and told.endswith("LLRR")
     for unanswered in ("", "LLR", "LLR?", "LLRRL", "1234"):
         assert verdict(unanswered, "LLRR") == "4 answers, L or R, are needed."
-
-
-def test_buttons_of_the_blind_test_tell_the_verdict():
-    names = run_cell("04_compare", "quiz-buttons", truths="LRR", verdict=lambda answers, truths: f"{answers} of {truths}")
-    for choice, letter in zip(names["choices"], "LLR", strict=True):
+    buttons = names_of("04_compare", "quiz-buttons", whole=True, truths="LLRR", verdict=verdict)
+    for choice, letter in zip(buttons["choices"], "LLRL", strict=True):
         choice.value = letter
-    assert names["outcome"].value == "LLR of LRR"
+    assert buttons["outcome"].value == told
 
 
 def test_one_step_of_back_projection_comes_nearer_to_lr():
-    back_projected = functions_of("04_compare", "consistency")["back_projected"]
+    back_projected = names_of("04_compare", "consistency")["back_projected"]
     hr = srgan.synthetic_face(2)[..., 1:-1, 1:-1]
     lr = srgan.quantise(srgan.bicubic(hr, 44))
     sr = srgan.bicubic(lr, 176)
@@ -180,11 +138,11 @@ def test_one_step_of_back_projection_comes_nearer_to_lr():
 
 
 def test_energy_is_where_the_frequency_is():
-    functions = functions_of("03_train", "03-energy")
+    energy = names_of("03_train", "03-energy")["energy"]
     wave = (torch.arange(64) * torch.pi / 4).cos().expand(2, 3, 64, 64)  # of 8 px
-    power = functions["energy"](wave)
+    power = energy(wave)
     assert divmod(power[:, :32].argmax().item(), 32) == (0, 8) and power[2:-2].sum() < 1e-6 * power.sum()
-    assert torch.allclose(functions["energy"](3 * wave + 0.5), 9 * power, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(energy(3 * wave + 0.5), 9 * power, rtol=1e-3, atol=1e-2)
 
 
 def test_spectra_are_one_where_the_network_gives_hr(store):
@@ -192,32 +150,30 @@ def test_spectra_are_one_where_the_network_gives_hr(store):
     faces = store.faces([0, 1])
     oracle = srgan.Generator(srgan.Config.preset("report", channels=4, residual_blocks=1))
     oracle.forward = lambda lr: srgan.make_pair(faces, config)[1]
-    energies, hr, frequency = functions_of("03_train", "03-energy")["spectra"]({"oracle": oracle}, config, faces)
+    energies, hr, frequency = names_of("03_train", "03-energy")["spectra"]({"oracle": oracle}, config, faces)
     assert energies["oracle"].equal(hr) and frequency.max() == pytest.approx(0.5 ** 0.5) and frequency[0, 0] == 0
     fine = frequency > 1 / 8  # beyond LR
     assert energies["bicubic"][fine].sum() < 0.5 * hr[fine].sum()
 
 
 def test_the_discriminator_is_asked_about_the_same_places(store, tiny_run):
-    contest = functions_of("03_train", "03-contest")["contest"]
+    contest = names_of("03_train", "03-contest")["contest"]
     saved = srgan.newest_checkpoint(tiny_run / "ckpt")
     config, faces = srgan.Config.from_dict(saved["config"]), store.faces(store.indices("test"))
-    real, fake = contest(saved, faces)
-    judge, player = srgan.Discriminator(config).eval(), srgan.Generator(config).eval()
-    judge.load_state_dict(saved["discriminator"])
-    player.load_state_dict(saved["generator"])
+    discriminator, generator = srgan.Discriminator(config).eval(), srgan.Generator(config).eval()
+    discriminator.load_state_dict(saved["discriminator"])
+    generator.load_state_dict(saved["generator"])
     lr, hr = srgan.make_pair(faces, config)
+    inner = saved | {"config": saved["config"] | {"patch_size": 16}}  # the middle of each
     with torch.no_grad():
-        for found, images in ((real, hr), (fake, player(lr))):
-            assert torch.allclose(found, torch.cat([verdicts.flatten() for verdicts in judge(images, lr)]))
-    real, fake = contest(saved | {"config": saved["config"] | {"patch_size": 16}}, faces)  # the middle of each
-    with torch.no_grad():
-        wanted = judge(hr[..., 8:24, 8:24], lr[..., 2:6, 2:6])
-    assert torch.allclose(real, torch.cat([verdicts.flatten() for verdicts in wanted]))
+        for found, images, its_lr in zip((*contest(saved, faces), contest(inner, faces)[0]),
+                                         (hr, generator(lr), hr[..., 8:24, 8:24]), (lr, lr, lr[..., 2:6, 2:6])):
+            verdicts = discriminator(images, its_lr)
+            assert torch.allclose(found, torch.cat([each.flatten() for each in verdicts]))
 
 
 def test_beyond_the_receptive_field_nothing_changes_the_centre(store):
     """By the shipped network for 2x, with radius 22: a swap of all but 23 px is not seen, one of all but the centre is."""
-    names = functions_of("02_model", "02-swap", store=store, test=store.indices("test"))
+    names = names_of("02_model", "02-swap", store=store, test=store.indices("test"))
     changes, radius = names["change_at_the_centre"](2, (0, 23))
     assert radius == 22 and changes[23] < 1e-3 and changes[0] > 1

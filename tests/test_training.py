@@ -1,6 +1,5 @@
 """Runs that are stopped, continued, changed, forecast and broken; their precision; the report's own."""
 
-import csv
 import json
 import math
 import shutil
@@ -9,40 +8,43 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, final_state, plain
+from conftest import TINY, final_state, plain, refused, rows
 from test_losses import changed, images, tiny_state
 
 import srgan_utils as srgan
 
-CPU, SIGNALS, WHOLE_DISCRIMINATOR = torch.device("cpu"), (signal.SIGINT, signal.SIGTERM), srgan.Discriminator
+SIGNALS, WHOLE_DISCRIMINATOR = (signal.SIGINT, signal.SIGTERM), srgan.Discriminator
 LONG = TINY | {"pretrain_steps": 4, "steps": 5, "save_steps": 1000, "sample_steps": 1}  # reports every update, saves rarely
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tiny_run, small):
-    """After that run, which is as users have it."""
+pytestmark = pytest.mark.usefixtures("tiny_run", "small")  # that run is as users have it
 
 
 @pytest.fixture(scope="module")
 def finished(store, tmp_path_factory):
     """A run like that one, of a small discriminator."""
-    run(store, folder := tmp_path_factory.mktemp("finished") / "run", "sharp", TINY | {"scale": 4})
+    run(store, folder := tmp_path_factory.mktemp("finished") / "run", TINY | {"scale": 4})
     return folder
 
 
-def run(store, folder, preset=None, changes=None, **options):
-    return list(srgan.train(store, folder, preset, changes, **options))
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    """The run that was never stopped."""
+    run(store, folder := tmp_path_factory.mktemp("whole") / "run", LONG)
+    return folder
 
 
-def run_until(at, store, folder, changes=None, **options):
+def run(store, folder, changes=None, **options):
+    return list(srgan.train(store, folder, None, changes, **options))
+
+
+def run_until(store, folder, at, changes=LONG, **options):
+    """Leave the loop at that update."""
     for event in srgan.train(store, folder, None, changes, **options):
         if event.step >= at:
             break
 
 
 def history(folder):
-    with open(folder / "history.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return rows((folder / "history.csv").read_text())
 
 
 def newest(folder):
@@ -60,17 +62,14 @@ def assert_same_run(a, b):
     assert [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)] == []
 
 
-# --- A whole run
-
-
 def test_a_run_leaves_what_it_promises(tiny_run, store):
-    rows, samples = history(tiny_run), sorted((tiny_run / "samples").iterdir())
+    updates, samples = history(tiny_run), sorted((tiny_run / "samples").iterdir())
     assert [path.name for path in samples] == ["update-0000003.png", "update-0000006.png"]
     assert srgan.load_image(samples[0]).std() > 0.05
-    assert list(rows[0])[0] == "step" and [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["stage"] for row in rows] == ["pretrain"] * 3 + ["adversarial"] * 3
-    assert all(row["d_loss"] == "" for row in rows[:3]) and all(float(row["d_loss"]) > 0 for row in rows[3:])
-    assert all(float(row["g_loss"]) > 0 and float(row["pixel"]) > 0 for row in rows)
+    assert list(updates[0])[0] == "step" and [int(row["step"]) for row in updates] == [1, 2, 3, 4, 5, 6]
+    assert [row["stage"] for row in updates] == ["pretrain"] * 3 + ["adversarial"] * 3
+    assert all(row["d_loss"] == "" for row in updates[:3]) and all(float(row["d_loss"]) > 0 for row in updates[3:])
+    assert all(float(row["g_loss"]) > 0 and float(row["pixel"]) > 0 for row in updates)
     record = json.loads((tiny_run / "config.json").read_text())
     assert record["store"] == store.fingerprint and "torch" in record["environment"]
     assert {"pretrain_steps": 3, "steps": 3, "decay_steps": 3, "precision": "fp32"}.items() <= record["config"].items()
@@ -80,42 +79,16 @@ def test_a_run_leaves_what_it_promises(tiny_run, store):
     assert not changed(generator.state_dict(), newest(tiny_run)["ema"])  # the one to use is the average
 
 
-def test_the_same_seed_gives_the_same_run_whatever_the_callers_random_numbers_and_it_tells_how_it_goes(store, tmp_path, finished):
+def test_the_same_seed_gives_the_same_run_whatever_the_callers_random_numbers_and_says_when_it_is_done(store, tmp_path, finished):
     torch.manual_seed(5)
-    events = run(store, tmp_path / "r", "sharp", TINY | {"scale": 4})
+    events = run(store, tmp_path / "r", TINY | {"scale": 4})
     assert_same_run(tmp_path / "r", finished)
     assert [event.step for event in events] == sorted({event.step for event in events}) and events[-1].step == 6
     assert [event.done for event in events] == [False] * (len(events) - 1) + [True] and not events[-1].stopped
     assert {event.total for event in events} == {6} and events[-1].checkpoint.startswith("update 6, ")
-    assert {event.stage for event in events if event.step <= 3} == {"pretrain"} and not events[-1].backup
-    assert all(event.images_per_second > 0 and event.seconds_left >= 0 for event in events)
-    assert {"g_loss", "pixel"} <= events[0].losses.keys() and "d_loss" in events[-1].losses
     assert [event.sample.name for event in events if event.sample] == ["update-0000003.png", "update-0000006.png"]
-    run(store, tmp_path / "other", "sharp", TINY | {"scale": 4, "seed": 1})
+    run(store, tmp_path / "other", TINY | {"scale": 4, "seed": 1})
     assert len(changed(newest(tmp_path / "other")["generator"], newest(finished)["generator"])) > 3
-
-
-# --- Stopped and continued
-
-
-@pytest.fixture(scope="module")
-def whole(store, tmp_path_factory):
-    """The run that was never stopped."""
-    run(store, folder := tmp_path_factory.mktemp("whole") / "run", "sharp", LONG)
-    return folder
-
-
-def stop_by_closing(store, folder, at):
-    events = srgan.train(store, folder, "sharp", LONG)
-    while next(events).step < at:
-        pass
-    events.close()
-
-
-def stop_by_an_error(store, folder, at):
-    with pytest.raises(ZeroDivisionError):
-        for event in srgan.train(store, folder, "sharp", LONG):
-            1 / (at - event.step)
 
 
 def stop_in_the_loop(store, folder, at):
@@ -132,22 +105,39 @@ def stop_in_an_update(store, folder, at):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(srgan, "batch", lambda *given: calls.append(given) or (
             len(calls) == at and signal.raise_signal(signal.SIGINT)) or draw(*given))
-        event = run(store, folder, "sharp", LONG)[-1]
+        event = run(store, folder, LONG)[-1]
     assert event.stopped and event.done and event.step == len(calls) == at
 
 
 def stop_by_time(store, folder, at):
     """A deadline long past: one update, and again until there are enough."""
     for _ in range(at):
-        event = run(store, folder, "sharp", LONG, max_minutes=1e-9)[-1]
+        event = run(store, folder, LONG, max_minutes=1e-9)[-1]
         assert event.done and event.stopped and "run it again to continue" in event.notes[-1]
 
 
+def stop_by_two_interrupts(store, folder, at):
+    """The second one does not wait."""
+    run_until(store, folder, at)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(srgan, "batch", lambda *_: [signal.raise_signal(signal.SIGINT) for _ in "12"])
+        run(store, folder)
+
+
+def stop_by_a_power_failure(store, folder, at):
+    """After updates that no checkpoint holds: history has no step twice."""
+    run_until(store, folder, at)
+    kept = shutil.copytree(folder / "ckpt", folder.parent / "ckpt")
+    run_until(store, folder, at + 4)
+    shutil.rmtree(folder / "ckpt")
+    kept.rename(folder / "ckpt")
+
+
 @pytest.mark.parametrize("stop, at", [
-    (stop_by_closing, 2), (stop_by_closing, 4), (stop_by_closing, 6), (stop_by_an_error, 2), (stop_in_the_loop, 2),
-    (stop_in_the_loop, 4), (stop_in_an_update, 4), (stop_in_an_update, 6), (stop_by_time, 5)])
+    (run_until, 2), (run_until, 4), (run_until, 6), (stop_in_the_loop, 2), (stop_in_the_loop, 4), (stop_in_an_update, 4),
+    (stop_in_an_update, 6), (stop_by_time, 5), (stop_by_two_interrupts, 3), (stop_by_a_power_failure, 3)])
 def test_a_stopped_run_ends_like_one_never_stopped(store, tmp_path, whole, stop, at):
-    """In pre-training, at the change of stage and after it. (By leaving the loop: below.)"""
+    """In pre-training, at the change of stage and after it."""
     handlers = [signal.getsignal(kind) for kind in SIGNALS]
     stop(store, tmp_path / "r", at)
     assert [signal.getsignal(kind) for kind in SIGNALS] == handlers
@@ -157,38 +147,16 @@ def test_a_stopped_run_ends_like_one_never_stopped(store, tmp_path, whole, stop,
     assert_same_run(tmp_path / "r", whole)
 
 
-def test_a_second_interrupt_does_not_wait_and_what_was_saved_is_whole(store, tmp_path, whole, monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
-    stop_by_closing(store, tmp_path / "r", 3)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(srgan, "batch", lambda *_: [signal.raise_signal(signal.SIGINT) for _ in "12"])
-        run(store, tmp_path / "r")
-    assert newest(tmp_path / "r")["update"] == 3 and signal.getsignal(signal.SIGINT) == handler
-    run(store, tmp_path / "r")
-    assert_same_run(tmp_path / "r", whole)
-
-
 def test_batch_norm_and_the_whole_discriminator_go_on_where_they_were(store, tmp_path, monkeypatch):
     """Without a moving average, what is drawn is the network that is trained: it goes on learning after the change of stage."""
     monkeypatch.setattr(srgan, "Discriminator", WHOLE_DISCRIMINATOR)  # which has states besides its weights
     changes = LONG | {"ema": 0.0, "batch_norm": 0.1}
-    run(store, tmp_path / "whole", "sharp", changes)
+    run(store, tmp_path / "whole", changes)
     for at in (4, 6):
-        run_until(at, store, tmp_path / "cut", changes)
+        run_until(store, tmp_path / "cut", at, changes)
     run(store, tmp_path / "cut")
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert newest(tmp_path / "whole")["generator"]["merge.1.num_batches_tracked"] == 9
-
-
-def test_a_run_that_died_ends_like_one_that_did_not(store, tmp_path, whole):
-    """The power fails after updates that no checkpoint holds: history has no step twice."""
-    run_until(3, store, tmp_path / "r", LONG)
-    shutil.copytree(tmp_path / "r" / "ckpt", tmp_path / "ckpt")
-    run_until(7, store, tmp_path / "r")
-    shutil.rmtree(tmp_path / "r" / "ckpt")
-    (tmp_path / "ckpt").rename(tmp_path / "r" / "ckpt")
-    run(store, tmp_path / "r")
-    assert_same_run(tmp_path / "r", whole)
 
 
 @pytest.mark.parametrize("changes, expected", [({"save_steps": 2}, [2, 3, 4, 6, 8]), ({"save_minutes": 0.5}, [3, 5, 7, 8])])
@@ -204,76 +172,64 @@ def test_checkpoints_come_every_so_often(store, tmp_path, monkeypatch, changes, 
 
 def test_raising_steps_continues_at_the_final_learning_rate(store, tmp_path, finished):
     """And halfway, they give what they give without a stop. A finished run is done at once."""
-    shutil.copytree(finished, tmp_path / "r")
-    before = history(tmp_path / "r")
+    before = history(shutil.copytree(finished, tmp_path / "r"))
     assert [(event.step, event.done, event.stopped) for event in run(store, tmp_path / "r")] == [(6, True, False)]
-    assert_same_run(tmp_path / "r", finished)
-    assert run(store, tmp_path / "r", changes={"steps": 6})[-1].step == 9
-    rows = history(tmp_path / "r")
-    assert rows[:6] == before and [int(row["step"]) for row in rows] == list(range(1, 10))
-    assert [float(row["learning_rate"]) for row in rows[6:]] == pytest.approx([2e-6] * 3, rel=1e-3)
+    assert run(store, tmp_path / "r", {"steps": 6})[-1].step == 9
+    after = history(tmp_path / "r")
+    assert after[:6] == before and [int(row["step"]) for row in after] == list(range(1, 10))
+    assert [float(row["learning_rate"]) for row in after[6:]] == pytest.approx([2e-6] * 3, rel=1e-3)
     assert recorded(tmp_path / "r")["steps"] == 6 and recorded(tmp_path / "r")["decay_steps"] == 3
     for name, stops in (("straight", [4]), ("stopped", [4, 5, 7, 10])):
         for stop in stops:
-            run_until(stop, store, tmp_path / name, TINY | {"sample_steps": 1} | ({"steps": 8} if stop > 4 else {}))
-        run(store, tmp_path / name, None, {"steps": 8})
+            run_until(store, tmp_path / name, stop, TINY | {"sample_steps": 1} | ({"steps": 8} if stop > 4 else {}))
+        run(store, tmp_path / name, {"steps": 8})
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
-# --- Another run, and broken ones
-
-
 def test_another_value_is_another_run(store, finished):
-    """Refused with the field and both values, and nothing is touched; the same values are the same run."""
+    """Refused with the field and both values, and nothing is touched; the same values are the same run. (More: command line.)"""
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    for field, old, new in (
-            ("scale", 4, 8), ("seed", 0, 9), ("batch_size", 2, 3), ("learning_rate", 0.0002, 0.0003), ("pretrain_steps", 3, 4),
-            ("content", "pixel", "vgg"), ("decay_steps", 3, 99), ("decay_steps", 3, 2), ("preset_name", "sharp", "demo")):
+    for field, old, new in (("hr_size", 32, 64), ("batch_size", 2, 3), ("learning_rate", 0.0002, 0.0003),
+                            ("pretrain_steps", 3, 4), ("content", "pixel", "vgg"), ("decay_steps", 3, 99), ("decay_steps", 3, 2)):
         with pytest.raises(ValueError, match=rf"{field}={old}, not {new}\b"):
-            run(store, finished, *([new] if field == "preset_name" else [None, {field: new}]))
+            run(store, finished, {field: new})
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
-    assert run(store, finished, "sharp", TINY | {"scale": 4, "save_steps": 7, "sample_steps": 9})[-1].done
+    assert run(store, finished, TINY | {"scale": 4, "save_steps": 7, "sample_steps": 9})[-1].done
 
 
-def test_no_run_starts_on_other_faces_or_on_top_of_lost_checkpoints(store, tmp_path, finished):
+def test_a_run_is_what_its_checkpoints_say_and_none_starts_on_top_of_lost_ones(store, tmp_path, finished):
     shutil.copytree(finished, folder := tmp_path / "r")
     run(store, folder)
     config = (folder / "config.json").read_bytes()
-    with pytest.raises(ValueError, match="other faces"):
-        run(srgan.prepare("synthetic", tmp_path / "store", limit=17), folder)
     for broken in (b"", b"{", config.replace(b'"seed": 0', b'"seed": 5')):  # it is taken from the checkpoint
         (folder / "config.json").write_bytes(broken)
         with pytest.raises(ValueError, match="seed=0, not 1"):
-            run(store, folder, changes={"seed": 1})
+            run(store, folder, {"seed": 1})
         assert run(store, folder)[-1].step == 6 and (folder / "config.json").read_bytes() == config
     for other in ({"generator": {}}, {"discriminator": None}, {"g_optimizer": {}}, {"ema": [1]}):
-        path = srgan._save_checkpoint(folder / "ckpt", newest(folder) | {"update": 7} | other)
-        with pytest.raises(ValueError, match="00007.pt does not hold the networks of this run") as caught:
-            run(store, folder, changes={"steps": 9})
-        assert str(caught.value).isprintable()
+        torch.save(newest(folder) | {"update": 7} | other, path := folder / "ckpt" / "update-00000007.pt")
+        with refused(ValueError, "00007.pt does not hold the networks of this run"):
+            run(store, folder, {"steps": 9})
         path.unlink()
     for path in (folder / "ckpt").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):  # also when nothing else is left
         with pytest.raises(ValueError, match="no checkpoint verifies.*update-00000006.pt"):
-            run(store, folder, "sharp", TINY)
+            run(store, folder, TINY)
         (folder / "config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name, loss, at", [("pretrain_step", "g_loss", 3), ("discriminator_step", "d_loss", 6),
                                             ("generator_step", "g_loss", 5)])
 def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path, monkeypatch, name, loss, at):
-    """With the update and the loss; the last good checkpoint is there, and good."""
+    """With the update and the loss; the last good checkpoint is there."""
     step = getattr(srgan, name)
     monkeypatch.setattr(srgan, name, lambda state, *args: step(state, *args) | (
         {loss: torch.tensor(math.inf)} if state.update + 1 == at else {}))
     with pytest.raises(FloatingPointError, match=rf"update {at}\b.*{loss} is not finite"):
-        run(store, tmp_path / "r", "sharp", LONG | {"save_steps": 2})
+        run(store, tmp_path / "r", LONG | {"save_steps": 2})
     assert newest(tmp_path / "r")["update"] == (at - 1) // 2 * 2
     assert [int(row["step"]) for row in history(tmp_path / "r")] == list(range(1, at))
-    monkeypatch.setattr(srgan, name, step)
-    assert run(store, tmp_path / "r")[-1].step == 9
-    assert [int(row["step"]) for row in history(tmp_path / "r")] == list(range(1, 10))
 
 
 def test_run_name(store):
@@ -284,9 +240,6 @@ def test_run_name(store):
     others = [{"scale": 8}, {"seed": 1}, {"content": "pixel"}, {"learning_rate": 3e-4}, {"pretrain_steps": 5}]
     configs = [srgan.Config(**other) for other in others] + [srgan.Config.preset("demo")]
     assert len({name, *(srgan.run_name(config, store) for config in configs)}) == 7
-
-
-# --- Length: by minutes, made longer, forecast
 
 
 @pytest.fixture
@@ -309,7 +262,7 @@ def test_for_minutes_sets_a_length_once(store, tmp_path, paced, steps):
     changes = TINY | {"pretrain_steps": 400, "steps": steps}
     told = srgan.forecast(store, tmp_path / "r", "sharp", changes, for_minutes=50)
     assert "starts a new run" in told and "50 min" in told and not (tmp_path / "r").exists()
-    run_until(1, store, tmp_path / "r", changes, for_minutes=50)
+    run_until(store, tmp_path / "r", 1, changes, for_minutes=50)
     found = recorded(tmp_path / "r")
     assert 0.9 * 3000 <= found["pretrain_steps"] + 3 * found["steps"] <= 3000 and found["decay_steps"] == found["steps"]
     assert abs(found["pretrain_steps"] - 2 * found["steps"]) <= 2 if steps else found["steps"] == 0
@@ -328,7 +281,7 @@ def test_the_forecast_adds_up_and_warns(store, tmp_path, finished, paced, monkey
     assert "WARNING" not in told() + told(TINY, max_minutes=0.3) and not r.exists()  # 12 s
     assert "WARNING: 5 min do not suffice" in told(max_minutes=5) and "about 50 %" in told(max_minutes=5.2)
     changes = TINY | {"steps": 103}
-    run_until(3, store, r, changes, backup=b)
+    run_until(store, r, 3, changes, backup=b)
     shutil.rmtree(r)
     assert all(word in told(changes, backup=b) for word in ("continues at update 3", "106", "about 5.4 min"))  # 103 of 3 s
     with pytest.raises(ValueError, match="scale=4, not 8"):
@@ -348,34 +301,24 @@ def test_a_finished_run_can_be_made_longer_by_minutes(store, finished, tmp_path,
     shutil.copytree(finished, r := tmp_path / "r")
     changes = srgan.longer(store, r, 0.2)
     assert changes == {"steps": 3 + 4, "decay_steps": 3 + 4} and srgan.longer(store, tmp_path / "new", 1) == {}  # 12 s of 3 s
-    run_until(7, store, r, {"scale": 4} | changes)
-    assert srgan.longer(store, r, 0.2) == changes and run(store, r, "sharp", {"scale": 4})[-1].step == 10
+    run_until(store, r, 7, {"scale": 4} | changes)
+    assert srgan.longer(store, r, 0.2) == changes and run(store, r, {"scale": 4})[-1].step == 10
     assert srgan.longer(store, r, 0.2)["steps"] == 3 + 8
     rates = [float(row["learning_rate"]) for row in history(r)][3:]  # of the adversarial updates
     assert rates[2] < rates[3] and rates[3:] == sorted(rates[3:], reverse=True)
 
 
-# --- Precision
-
-
 def test_precision_follows_the_device(monkeypatch):
     """A T4 (7.5) only emulates bf16, whatever `is_bf16_supported` says; a CPU may have it."""
-    gpu, capability, native = torch.device("cuda"), [], []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[-1])
+    machines = [("cuda", (6, 1)), ("cuda", (7, 5)), ("cuda", (8, 0)), ("cuda", (9, 0)), ("cpu", True), ("cpu", False)]
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    for unit in ("avx512_bf16", "amx_tile"):
-        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native[-1], raising=False)
-    for asked, of, expected in (
-            ("auto", (7, 5), "fp16"), ("auto", (8, 0), "bf16"), ("auto", (9, 0), "bf16"), ("auto", (6, 1), "fp16"),
-            ("bf16", (7, 5), "fp16"), ("bf16", (8, 9), "bf16"), ("fp16", (7, 5), "fp16"), ("fp16", (8, 0), "fp16"),
-            ("fp32", (7, 5), "fp32"), ("fp32", (9, 0), "fp32")):
-        capability.append(of)
-        assert srgan._resolve_precision(asked, gpu) == expected, (asked, of)
-    for asked, of, expected in (
-            ("auto", True, "bf16"), ("auto", False, "fp32"), ("fp16", True, "bf16"), ("fp16", False, "fp32"),
-            ("fp32", True, "fp32"), ("bf16", True, "bf16"), ("bf16", False, "fp32")):
-        native.append(of)
-        assert srgan._resolve_precision(asked, CPU) == expected, (asked, of)
+    for asked, expected in (("auto", "fp16 fp16 bf16 bf16 bf16 fp32"), ("bf16", "fp16 fp16 bf16 bf16 bf16 fp32"),
+                            ("fp16", "fp16 fp16 fp16 fp16 bf16 fp32"), ("fp32", "fp32 fp32 fp32 fp32 fp32 fp32")):
+        for (kind, ability), precision in zip(machines, expected.split(), strict=True):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, ability=ability: ability)
+            for unit in ("avx512_bf16", "amx_tile"):
+                monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda ability=ability: ability, raising=False)
+            assert srgan._resolve_precision(asked, torch.device(kind)) == precision, (asked, kind, ability)
 
 
 @pytest.mark.parametrize("before, after", [("bf16", "bf16"), ("bf16", "fp16"), ("fp16", "fp32")])
@@ -384,7 +327,7 @@ def test_precision_is_resolved_once_and_changes_only_with_the_device(store, tmp_
     asked = []
     for precision, changes in ((before, TINY | {"steps": 1, "pretrain_steps": 1, "precision": "auto"}), (after, {"steps": 2})):
         monkeypatch.setattr(srgan, "_resolve_precision", lambda asks, _, precision=precision: asked.append(asks) or precision)
-        event = run(store, tmp_path / "r", None, changes)[-1]
+        event = run(store, tmp_path / "r", changes)[-1]
         assert recorded(tmp_path / "r")["precision"] == precision
     assert event.step == 3 and asked[0] == "auto" and asked[-1] == before
 
@@ -393,7 +336,7 @@ def test_precision_is_resolved_once_and_changes_only_with_the_device(store, tmp_
 def test_bf16_runs_on_a_cpu(store, tmp_path, monkeypatch, changes):
     """Networks in bf16, weights, images and losses in fp32."""
     monkeypatch.setattr(srgan, "_resolve_precision", lambda *_: "bf16")
-    run(store, tmp_path / "r", "sharp", TINY | changes)
+    run(store, tmp_path / "r", TINY | changes)
     assert {value.dtype for value in newest(tmp_path / "r")["generator"].values()} == {torch.float32}
     assert all(math.isfinite(float(row["g_loss"])) for row in history(tmp_path / "r"))
     state, (lr, hr) = tiny_state(precision="bf16", pretrain_steps=0, **changes), images()
@@ -404,12 +347,9 @@ def test_bf16_runs_on_a_cpu(store, tmp_path, monkeypatch, changes):
     assert sr.dtype == torch.float32 and {loss.dtype for loss in losses.values()} == {torch.float32}
 
 
-# --- The report, reproduced
-
-
 def test_the_report_is_reproduced_and_goes_on_where_it_was_stopped(store, tmp_path):
-    changes = {"scale": 2, "hr_size": 48, "channels": 4, "residual_blocks": 1, "content": "pixel", "vgg": "random", "batch_size": 17,
-               "epochs": 1.0}
+    changes = {"scale": 2, "hr_size": 48, "channels": 4, "residual_blocks": 1, "content": "pixel", "vgg": "random",
+               "batch_size": 17, "epochs": 1.0}
     next(srgan.reproduce_report(store, tmp_path, changes, looks=(1, 9)))
     assert not (tmp_path / "stages.txt").exists()
     steps = [event.step for event in srgan.reproduce_report(store, tmp_path, changes, looks=(1, 9))]
