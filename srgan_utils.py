@@ -72,7 +72,7 @@ from torch import Tensor, distributed, nn
 
 def _suggest(word: str, words: Sequence[str]) -> str:
     """The end of an error message: the nearest of `words`, or all of them where none is near."""
-    close = difflib.get_close_matches(word, words)
+    close = difflib.get_close_matches(word, words, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(words)}"
 
 
@@ -96,7 +96,7 @@ def _checked(name: str, hint: type, value):
     if kinds[0] not in (int, float):  # a bool, or a Literal
         choices = {str(choice).lower(): choice for choice in get_args(hint) or (True, False)}
         if text.lower() not in choices:
-            word = text if text.isalpha() else ""  # no number is near another's name
+            word = text if re.search("[a-z]", text) else ""  # no number is near another's name
             raise ValueError(f"{name}={text}: {_suggest(word, list(choices))}")
         return choices[text.lower()]
     low, high = _RANGES.get(name, (0, 1e9))
@@ -870,6 +870,7 @@ def generator_step(state: TrainState, lr: Tensor, sr: Tensor, hr: Tensor) -> dic
     pixel = pixel_loss(sr, hr, config.distance)
     adversarial = adversarial_loss(fake, config.adversarial)
     ramp = min(1.0, (state.update - config.pretrain_steps + 1) / max(1, config.ramp_steps))
+    # each name is a column of `_HISTORY`, too
     weighted = {"weighted_content": config.content_weight * content,
                 "weighted_adversarial": ramp * config.adversarial_weight * adversarial}
     loss = sum(weighted.values())
@@ -1060,7 +1061,7 @@ def _read_image(file: str | Path | bytes, keep_alpha: bool = False, least: int |
                 image = Image.open(io.BytesIO(file), formats=_FORMATS)
                 if image.width * image.height > _MAX_PIXELS:
                     raise ValueError(f"absurdly large ({image.width} x {image.height} px)")
-                if image.format != "JPEG":  # others look at the limits again
+                if image.format not in ("JPEG", "MPO"):  # others ask for the limits again
                     image.load()
             finally:
                 Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
@@ -1361,6 +1362,8 @@ def _locked(folder: Path) -> contextlib.AbstractContextManager:
     except Timeout:
         raise BlockingIOError(f"{folder} is in use by another process or an earlier cell: wait "
                               "until that has ended, or stop it (restart the kernel)") from None
+    except OSError:  # another person's lock: what is theirs, this may not write into anyway
+        return contextlib.nullcontext()
 
 
 def _spread(values: Sequence, count: int) -> list:
@@ -1489,7 +1492,7 @@ def _fill_store(opened: _Source, source: str, folder: Path, limit: int | None) -
             pool.map(_square, itertools.repeat(read), names[start:start + 512])
             for start in range(0, len(names), 512))
         squares = _bar(squares, total=len(names), desc="preparing", unit="face")
-        for name, (pixels, told) in zip(names, squares):
+        for (pixels, told), name in zip(squares, names):
             if pixels:
                 good.append(name)
                 small.append(told)
@@ -1927,7 +1930,7 @@ def enlarge(photo: Tensor, factor: float, weights: dict[int, str | Path] | None 
     weights, sr = weights or {}, photo
     scales = [scale for scale in (*sorted(weights), *_FACTORS) if scale >= factor][:1] or [8, 2]
     height, width = (round(side * factor) for side in photo.shape[-2:])
-    needed = 40 * math.prod(photo.shape[-2:]) * math.prod(scales) ** 2  # bytes: float, and copies
+    needed = 30 * math.prod(photo.shape[-2:]) * math.prod(scales) ** 2  # bytes: floats, and a copy
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise MemoryError(f"{width} x {height} px need {needed / 1e9:,.1f} GB of memory, more than "
                           "this machine has: reduce the photo or the factor")
@@ -2417,7 +2420,10 @@ class _Run:
         _write_atomically(folder / "history.csv", history.encode())  # no row comes twice
 
     def save(self) -> None:
-        """The generator in use, then a checkpoint of all that continuing needs, then its copy."""
+        """The generator in use, then a checkpoint of all that continuing needs, then its copy.
+
+        Killed anywhere in between, the newest checkpoint that was renamed counts.
+        """
         state, store = self.state, self.store
         if state.update == self.saved_update:
             return
@@ -2533,7 +2539,7 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None,
         for place in filter(None, (folder, backup)):
             _check_run_space(place, config)
         if for_minutes and not saved:
-            whole = _seconds_left(config, 0, _pace(config, store))
+            whole = max(1e-9, _seconds_left(config, 0, _pace(config, store)))
             config = config.lasting(_from_first(int(config.total_steps * 60 * for_minutes / whole)))
         run = _Run(folder, store, config, saved, backup)
         if for_minutes and saved:
