@@ -3008,6 +3008,7 @@ def _train(args: argparse.Namespace) -> None:
     if first and not event.stopped:
         print(f"{args.run}: finished; generator.safetensors is the network to use")
     if distributed.is_initialized():
+        distributed.barrier()  # gloo may abort one that leaves while another still works
         distributed.destroy_process_group()
 
 
