@@ -1424,7 +1424,7 @@ class FaceStore:
 
     As in store.json: `names` (sorted), `split` ((len,): 0 train, 1 validation, 2 test, 3 unused),
     `left_out` ((name, reason) pairs), `enlarged` (names of smaller faces), `fingerprint`,
-    `source`, `limit`, `title`, `state`. FileNotFoundError: no store; ValueError: a damaged one.
+    `source`, `limit`, `state`. FileNotFoundError: no store; ValueError: a damaged one.
     """
 
     def __init__(self, folder: str | Path):
@@ -1509,7 +1509,7 @@ def _fill_store(opened: _Source, source: str, folder: Path, limit: int | None) -
     if (~small[split == 2]).any():  # enlarged faces have no true detail to be compared with
         split[small & (split == 2)] = 3
     told = json.dumps([good, split.tolist(), digest.hexdigest()])
-    record = {"source": source, "title": source, "limit": limit, "state": state,
+    record = {"source": source, "limit": limit, "state": state,
               "fingerprint": hashlib.sha256(told.encode()).hexdigest(),
               "enlarged": list(itertools.compress(good, small)), "left_out": left_out,
               "names": good, "split": split.tolist()}
@@ -1569,7 +1569,7 @@ def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
         print(f"\n{'!' * 80}\n{error}\nTaking SYNTHETIC (drawn) faces instead of {source}: fine "
               f"for trying things out, useless for judging results.\n{'!' * 80}\n")
         return prepare_faces("synthetic", min(limit or 200, 200))  # drawn in half a minute
-    print(f"{store.title}: {store.describe()}")
+    print(f"{store.source}: {store.describe()}")
     return store
 
 
@@ -2429,7 +2429,7 @@ class _Run:
         if state.update == self.saved_update:
             return
         if self.writes:
-            data = {"source": Path(store.title).name, "fingerprint": store.fingerprint}
+            data = {"source": Path(store.source).name, "fingerprint": store.fingerprint}
             pretrained = state.update == state.config.pretrain_steps
             for name in ("pretrained", "generator") if pretrained else ("generator",):
                 export_generator(self.folder / f"{name}.safetensors", state.best, state.config,
@@ -2738,8 +2738,8 @@ def export_zip(folder: str | Path) -> Path:
     return path
 
 
-def upload_images(folder: str | Path, after: Callable = lambda: None):
-    """Have the user choose images for `folder`; `after()` is called when they are there.
+def upload_images(folder: str | Path):
+    """Have the user choose images for `folder`.
 
     In Colab by its own dialog, which this waits for: returns None. Elsewhere by the ipywidgets
     FileUpload that is returned, for files of up to about 10 MB: larger ones do not arrive.
@@ -2752,7 +2752,7 @@ def upload_images(folder: str | Path, after: Callable = lambda: None):
         for name, data in files.upload().items():
             Path(name).unlink(missing_ok=True)  # Colab has put a copy into the current folder
             (folder / Path(name).name).write_bytes(data)
-        return after()
+        return None
     import ipywidgets
 
     widget = ipywidgets.FileUpload(accept="image/*", multiple=True, description="Choose photos",
@@ -2763,7 +2763,6 @@ def upload_images(folder: str | Path, after: Callable = lambda: None):
         new = value.items() if isinstance(value, dict) else ((each["name"], each) for each in value)
         for name, each in new:
             (folder / Path(name.replace("\\", "/")).name).write_bytes(each["content"])
-        after()
 
     widget.observe(save, names="value")
     return widget

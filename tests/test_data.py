@@ -275,7 +275,7 @@ def machine(tmp_path, monkeypatch):
 def test_what_cannot_be_had_is_replaced_by_drawn_faces_loudly_but_never_a_users_own_path(machine, capsys):
     for limit, drawn in ((1, [1, 1, 1]), (34, [34, 2, 4]), (None, [200, 12, 24]), (900, [200, 12, 24])):  # enough for each part
         store, told = srgan.prepare_faces("portraits", limit), capsys.readouterr().out
-        assert store.title == "synthetic" and np.bincount(store.split).tolist() == drawn
+        assert store.source == "synthetic" and np.bincount(store.split).tolist() == drawn
         assert "could not be fetched" in told and "SYNTHETIC (drawn) faces instead of portraits:" in told and "!" * 40 in told
     Path("empty").mkdir()
     Path("page.zip").write_text("<html>")
@@ -345,7 +345,7 @@ def test_celeba_that_is_there_is_used_and_keeps_its_official_partition_whatever_
         Path(place, name).write_bytes(data)
     for limit, parts in ((None, [0, 0, 1, 1, 2, 2]), (1, [0, 1, 2])):
         store = srgan.prepare("celeba", f"{limit}", limit)
-        assert (store.title, store.split.tolist(), celeba.asked) == ("celeba", parts, [])
+        assert (store.source, store.split.tolist(), celeba.asked) == ("celeba", parts, [])
     assert srgan.split_of([*CELEBA, "list.csv", "README.txt"]).tolist()[:6] == [0, 0, 1, 1, 2, 2]
 
 

@@ -30,7 +30,7 @@ RUNTIMES = {
 
 def test_the_module_is_short_enough_to_read():
     lines = SOURCE.splitlines()
-    assert len(lines) <= 3_136  # DESIGN asks for 2,600: not reached
+    assert len(lines) <= 3_135  # DESIGN asks for 2,600: not reached
     assert not [number for number, line in enumerate(lines, 1) if len(line) > 100]
 
 
