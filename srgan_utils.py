@@ -414,13 +414,8 @@ def quantise(images: Tensor) -> Tensor:
 
 
 def _is_grey(images: Tensor) -> Tensor:
-    """Whether R, G and B of each image are within 1 level of each other everywhere, (N,)."""
-    return (images.amax(1) - images.amin(1)).amax((1, 2)) < 1.5 / 255
-
-
-def _keep_grey(lr: Tensor, sr: Tensor) -> Tensor:
-    """`sr`, without the colours that a network puts into it where an image of `lr` has none."""
-    return torch.where(_is_grey(lr).view(-1, 1, 1, 1), sr.mean(1, keepdim=True), sr)
+    """Whether R, G, B of each image are within 1 level of each other everywhere, (N, 1, 1, 1)."""
+    return (images.amax(1, True) - images.amin(1, True)).amax((2, 3), True) < 1.5 / 255
 
 
 def _luma(images: Tensor) -> Tensor:
@@ -939,9 +934,9 @@ def lpips(sr: Tensor, hr: Tensor, net: str = "alex") -> Tensor:
     """
     try:
         network = _lpips_network(net, sr.device)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the second: something else came
         raise ConnectionError(f"LPIPS could not fetch its network ({_one_line(error)}): "
-                              "leave --lpips out") from None
+                              "leave LPIPS out") from None
     pairs = zip(sr.clamp(0, 1), hr.clamp(0, 1))
     return torch.stack([network(a[None], b[None]) for a, b in pairs]).detach()
 
@@ -1184,7 +1179,7 @@ _CELEBA_BY_HAND = """CelebA could not be fetched (Google's quota for it is often
 def _open_folder(folder: Path) -> _Source:
     files, seen = {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:  # a link that leads back
+        if os.path.realpath(place) in seen or "store.json" in names:  # a link back; a store
             folders[:], names = [], []
         seen.add(os.path.realpath(place))
         for path in map(Path(place).joinpath, names):
@@ -1331,6 +1326,7 @@ def _open_source(source: str, limit: int | None = None) -> _Source:
         return _open_folder(Path(source))
     if Path(source).is_file():
         return _open_zip(Path(source))
+    _check_mounted(Path(source))
     raise FileNotFoundError(f"no such source: {source}; give a folder, a .zip, or a set: "
                             f"{_suggest(Path(source).name, _NAMED)}")
 
@@ -1517,16 +1513,14 @@ def _fill_store(opened: _Source, source: str, folder: Path, limit: int | None) -
     _write_atomically(folder / "store.json", json.dumps(record, indent=1).encode())
 
 
-class _SourceChanged(ValueError):
-    """A folder or zip is not what it was when it was prepared."""
-
-
-def prepare(source: str | Path, folder: str | Path, limit: int | None = None) -> FaceStore:
+def prepare(source: str | Path, folder: str | Path, limit: int | None = None,
+            anew: bool = False) -> FaceStore:
     """Turn a source into the `FaceStore` in `folder`, decoding on all cores.
 
     source: a folder, a .zip, `celeba`, `portraits` or `synthetic`. limit: that many training faces,
-    and others in proportion. A finished store is used as it is. ValueError: it is of another source
-    or limit, or the source has changed or has no usable image; OSError: no space, or in use.
+    and others in proportion. A finished store is used as it is; where its source has changed since,
+    it is made `anew`, or refused. ValueError: that, or a store of another source or limit, or no
+    usable image; OSError: no space, or in use.
     """
     folder, source, own = Path(folder), str(source), str(source) not in _NAMED
     if own:
@@ -1536,10 +1530,13 @@ def prepare(source: str | Path, folder: str | Path, limit: int | None = None) ->
         if (store.source, store.limit) != (source, limit):
             raise ValueError(f"{folder} already holds {store.source!r} (limit {store.limit}), not "
                              f"{source!r} (limit {limit}): name another folder, or delete this one")
-        if own and Path(source).exists() and _open_source(source)[-1] != store.state:
-            raise _SourceChanged(f"{source} has changed since it was prepared into {folder}: "
-                                 "delete that folder, or name another, to prepare it anew")
-        return store
+        if not own or not Path(source).exists() or _open_source(source)[-1] == store.state:
+            return store
+        if not anew:
+            raise ValueError(f"{source} has changed since it was prepared into {folder}: "
+                             "delete that folder, or name another, to prepare it anew")
+        print(f"{source} has changed since it was prepared: preparing it anew.")
+        shutil.rmtree(folder)
     _check_mounted(folder)
     opened = _open_source(source, limit)
     with _locked(folder):
@@ -1558,11 +1555,7 @@ def prepare_faces(source: str | Path, limit: int | None = None) -> FaceStore:
         name = f"{Path(source).stem}-{zlib.crc32(str(Path(source).resolve()).encode()):08x}"
     folder = workspace() / "stores" / f"{name}-{limit or 'all'}"
     try:
-        store = prepare(source, folder, limit)
-    except _SourceChanged:
-        print(f"{source} has changed since it was prepared: preparing it anew.")
-        shutil.rmtree(folder)
-        store = prepare(source, folder, limit)
+        store = prepare(source, folder, limit, anew=True)
     except (OSError, ValueError) as error:
         if source not in ("celeba", "portraits"):
             raise  # a slip in the user's own path is not mended by other faces
@@ -1881,7 +1874,8 @@ def super_resolve(generator: Generator, lr: Tensor) -> Tensor:
     was_training, device = generator.training, next(generator.parameters()).device
     sr = generator.eval()(lr.to(device)).to(lr.device)
     generator.train(was_training)
-    return quantise(_keep_grey(lr, _back_project(sr, lr, generator)))
+    sr = _back_project(sr, lr, generator)
+    return quantise(torch.where(_is_grey(lr), sr.mean(1, keepdim=True), sr))
 
 
 @torch.no_grad()
@@ -2008,8 +2002,9 @@ def summarise(rows: Sequence[dict], config: Config, split: str) -> dict:
         summary[method][metric] = round(float(mean), 5) if math.isfinite(mean) else None
     for metric in ("psnr_rgb", "psnr_y"):
         gains = np.array([row[f"srgan_{metric}"] - row[f"bicubic_{metric}"] for row in rows])
-        if np.isfinite(gains).all():
-            resampled = np.random.default_rng(0).integers(len(rows), size=(2_000, len(rows)))
+        gains = gains[np.isfinite(gains)]  # a picture of one colour has no PSNR
+        if len(gains):
+            resampled = np.random.default_rng(0).integers(len(gains), size=(2_000, len(gains)))
             values = gains.mean(), *np.percentile(gains[resampled].mean(1), (2.5, 97.5))
             rounded = [round(float(value), 5) for value in values]
             summary["gain"][metric] = dict(zip(("mean", "low", "high"), rounded))
@@ -2082,6 +2077,7 @@ def panels_figure(rows: Sequence[Sequence[tuple]], zoom: tuple[float, float] | N
     to the right and down (0 to 1). None: no parts.
     """
     from matplotlib.figure import Figure  # without pyplot and its global state
+    from matplotlib.patches import Rectangle
 
     lines = 2 if zoom else 1
     shape = lines * len(rows), max(map(len, rows))
@@ -2098,7 +2094,7 @@ def panels_figure(rows: Sequence[Sequence[tuple]], zoom: tuple[float, float] | N
             if zoom:
                 height, width = (max(1, side // 4) for side in pixels.shape[:2])
                 x, y = round(zoom[0] * 3 * width), round(zoom[1] * 3 * height)
-                ax.plot([x, x + width, x + width, x, x], [y, y, y + height, y + height, y], "w")
+                ax.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white"))
                 below = axes[lines * row + 1, column]
                 below.imshow(pixels[y:y + height, x:x + width], **exact)
     return figure
@@ -2404,10 +2400,6 @@ class _Run:
             self.began -= saved["seconds"]
             self.saved_update = saved["update"]
             self.notes.append(f"continues at update {saved['update']:,} of {config.total_steps:,}")
-        elif config.preset_name == "paper" and config.total_steps < 50_000:
-            self.notes.append(
-                f"WARNING: {config.total_steps:,} updates show little; the paper did 1,000,000 and "
-                "then 200,000. Set pretrain_steps and steps, or take more faces")
         self.writes = _share()[0] == 0  # of several processes, the first one
         if not self.writes:
             return
@@ -2839,7 +2831,8 @@ class Explorer:
                 self._save()
         except Exception as error:  # elsewhere nobody would see it
             self._say(_one_line(error))
-        self._busy = False
+        finally:  # also where the kernel is interrupted
+            self._busy = False
 
     def _say(self, text: str) -> None:
         self.status.value = f'<div role="status">{html.escape(text)}</div>'
@@ -2848,7 +2841,7 @@ class Explorer:
         """The newest photo in the folder; outside Colab the button has put it there already."""
         if in_colab():
             upload_images(self._photos)
-        photos = sorted(self._photos.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        photos = sorted(self._photos.glob("[!.]*"), key=lambda path: path.stat().st_mtime_ns)
         if photos:
             self._photo = photos[-1].stem, load_image(photos[-1])
 
@@ -2868,9 +2861,10 @@ class Explorer:
         else:
             self._scales = [int(controls["Upscale factor"].value[0])]
         if self._scales != before:
-            paths = [self._path] if self._scales == [self._scale] else []
-            if len(self._scales) == 1:  # all factors: each by its best
-                paths += find_generators(self._scales[0], *self._folders)
+            found = {scale: find_generators(scale, *self._folders) for scale in _FACTORS}
+            found[self._scale].insert(0, self._path)
+            self._best = {scale: paths[0] for scale, paths in found.items() if paths}
+            paths = found[self._scales[0]] if len(self._scales) == 1 else []
             names = {str(path.parent / path.stem): path for path in paths}
             controls["Network"].options = list(names.items())
             controls["Network"].index = 0 if paths else None
@@ -2886,7 +2880,7 @@ class Explorer:
         if self._photo is None:
             raise ValueError("choose a photo first, with the button above")
         name, photo = self._photo
-        side = max(16, round(value["Crop size"] * min(photo.shape[-2:])))
+        side = max(1, round(value["Crop size"] * min(photo.shape[-2:])))
         x = round(value["Crop left"] * (photo.shape[-1] - side))
         y = round(value["Crop top"] * (photo.shape[-2] - side))
         return name, _fit(photo[..., y:y + side, x:x + side], value["Reduce crop to"])
@@ -2901,7 +2895,7 @@ class Explorer:
         if not self._is_hr and image.shape[-1] * factors[0] > _PANEL_LIMIT:
             raise ValueError(f"{_PANEL_LIMIT} px are the most here: crop or reduce more, or "
                              "use python srgan_utils.py upscale")
-        weights = {self._scales[0]: network} if network else {}
+        weights = self._best | ({self._scales[0]: network} if network else {})
         amount = self.controls["Faithful to sharp"].value
         made = [factor_panels(image, factor, self._is_hr, weights, amount) for factor in factors]
         self._rows, note = [panels for panels, _ in made], made[-1][1]
@@ -3041,10 +3035,14 @@ def _upscale(args: argparse.Namespace) -> None:
     from PIL import Image
 
     if args.photo:
-        args.run = args.run or _shipped_weights(4, "-photo")
+        if args.run:
+            raise ValueError("give --photo, or a network by --run or --weights, not both")
+        args.run = _shipped_weights(4, "-photo")
     path = _chosen_weights(args, next((s for s in _FACTORS if s >= (args.scale or 4)), 8))
     scale = load_generator(path, None, args.blend)[1].scale  # refused before anything is written
     factor, weights = args.scale or scale, {scale: path}
+    if factor > 8:  # the network for 8x, then this
+        weights[2] = _shipped_weights(2)
     if factor > scale != 8:
         raise ValueError(f"{path} is a network for {scale}x, not {factor:g}x: use --scale {scale} "
                          "or other weights")
@@ -3063,7 +3061,7 @@ def _upscale(args: argparse.Namespace) -> None:
             target = _unused(folder / f"{path.stem}-x{factor:g}.png")
             result.save(target)
             print(f"{target}, by the {note}")
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's, of memory
             failed.append(_one_line(f"{path}: {error}"))
     if failed:
         raise ValueError(f"{len(failed)} of {len(paths)} images could not be enlarged: "

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_upscale_writes_what_the_network_makes_and_keeps_alpha(weights, tmp_path
     assert (mode == "RGB") == (wanted.min() == 255) and np.abs(np.asarray(large.convert("RGBA"))[..., 3] - wanted).max() <= 1
 
 
-def test_upscale_turns_photos_upright_writes_over_nothing_and_names_bad_ones_at_the_end(weights, tmp_path, capsys):
+def test_upscale_turns_photos_upright_writes_over_nothing_and_names_bad_ones_at_the_end(weights, tmp_path, capsys, monkeypatch):
     exif = Image.Exif()
     exif[274] = 6
     one, two = saved(tmp_path / "a.jpg", exif=exif), saved(tmp_path / "other" / "a.png", 10, 10)
@@ -121,6 +122,8 @@ def test_upscale_turns_photos_upright_writes_over_nothing_and_names_bad_ones_at_
                    "--out", tmp_path / "out", "--weights", weights)
     assert "3 of 5" in line and all(name in line for name in ("notes.png: not an image", "cut.jpg", "nowhere.jpg"))
     assert sorted(Image.open(path).size for path in (tmp_path / "out").iterdir()) == [(36, 52), (40, 40)]
+    monkeypatch.setattr(srgan, "enlarge", mock.Mock(side_effect=RuntimeError("not enough memory: you tried to allocate")))
+    assert "2 of 2" in refusal(capsys, "upscale", one, two, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -137,7 +140,7 @@ def test_upscale_turns_photos_upright_writes_over_nothing_and_names_bad_ones_at_
     ("compare --blend 1.1", "from 0 to 1"), ("compare --blend much", "from 0 to 1"), ("compare --blend 0.5", "leave it out"),
     ("compare --set hr_size=16", "too small to measure"), ("", "command"), ("paint", "paint"), ("prepare", "source"),
     *((f"upscale a.png --out out --scale={scale}", "from 1 to 16") for scale in ("0.9", "16.1", "four", "nan", "")),
-    ("upscale a.png", "--out"), ("prepare synthetic --store s --limit 0", "above 0"),
+    ("upscale a.png", "--out"), ("upscale a.png --out out --photo --run r", "not both"), ("prepare synthetic --store s --limit 0", "above 0"),
     ("prepare synthetic --store s --limit x", "whole number")])
 def test_bad_options_are_told_and_leave_nothing(store, weights, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -172,6 +172,8 @@ def test_a_source_is_prepared_once_a_changed_one_refused_or_in_notebooks_prepare
     assert "in has changed since it was prepared: preparing it anew" in told and anew.describe() in told
     assert anew.names == sorted(path.name for path in source.iterdir())
     assert np.array_equal(pixels(anew), [np.asarray(Image.open(source / name)) for name in anew.names])
+    inside = [srgan.prepare(source, source / "store") for _ in range(2)]  # no part of its own source
+    assert same(*inside) and inside[0].names == anew.names
     shutil.rmtree(source)  # a source that is not there any more is not compared
     assert same(srgan.prepare(source, place), first) and [path.stat().st_mtime_ns for path in sorted(place.glob("*.*"))] == before
     assert srgan.prepare_faces("in").fingerprint == anew.fingerprint and "changed" not in capsys.readouterr().out

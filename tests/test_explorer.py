@@ -9,6 +9,7 @@ import sys
 from base64 import b64decode
 from datetime import datetime
 from pathlib import Path
+from unittest import mock
 
 import colab_standin
 import numpy as np
@@ -135,9 +136,12 @@ def png(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
+def store_face(store, number: int):
+    return srgan.make_pair(store.faces(store.indices("test")[number:number + 1]), srgan.Config())[1]
+
+
 def test_it_opens_with_what_the_plain_functions_make_and_each_control_changes_it(drive, store, weights, tmp_path):
-    hr = srgan.make_pair(store.faces(store.indices("test")[:1]), srgan.Config())[1]
-    panels, _ = srgan.factor_panels(hr, 4, True, weights)
+    panels, _ = srgan.factor_panels(store_face(store, 0), 4, True, weights)
     assert re.match(r"face 0 4x, by the 4x network; \d+\.\d\d s \| ", drive()) and all(text in drive() for _, _, text in panels)
     assert all(control.description == label for label, control in drive.explorer.controls.items() if label != "Choose a photo")
     seen = {drive() + drive.explorer.picture.value}
@@ -147,6 +151,8 @@ def test_it_opens_with_what_the_plain_functions_make_and_each_control_changes_it
         assert expected in drive(label, value) and drive.explorer.picture.value not in seen, label
         seen.add(drive.explorer.picture.value)
     assert [f"SRGAN {factor}x" in drive() for factor in (2, 4, 8)] == [True] * 3
+    own = [srgan.factor_panels(store_face(store, 1), factor, True, weights, 0)[0][2][2] for factor in (2, 4, 8)]
+    assert all(caption in drive() for caption in own)  # a person's own networks, not the shipped ones
     drive("Before/after", "SRGAN | HR")
     assert [alt.split(": ")[-1] for alt, _ in images_in(drive.explorer.line.value)] == ["HR", "SRGAN"]
     network = drive.explorer.controls["Network"]
@@ -183,6 +189,10 @@ def test_what_cannot_be_shown_is_said_and_the_rest_goes_on(store, weights, tmp_p
     drive = Driven(store, Path(shutil.copy(weights[4], tmp_path / "runs" / "alone")))
     assert "a mixture needs the faithful parent" in drive("Faithful to sharp", 0.5) and drive.explorer.picture.value == ""
     drive("Faithful to sharp", 1.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(srgan, "factor_panels", mock.Mock(side_effect=KeyboardInterrupt))
+        drive("Face", 1)
+    assert drive("Face", 0).startswith("face 0 4x")  # the panel goes on
     with monkeypatch.context() as patch:
         patch.setattr(srgan, "find_generators", lambda *_: [])
         assert drive("Upscale factor", "8x").startswith("there is no network for 8x yet: train one with scale = 8 (notebook 3)")

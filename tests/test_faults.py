@@ -132,7 +132,8 @@ def test_what_a_killed_process_saved_but_did_not_copy_is_copied(store, tmp_path)
 def test_nothing_is_made_where_drive_is_not_mounted(store, tmp_path, monkeypatch, capsys, place):
     """Colab would keep it on its own disk and lose it."""
     monkeypatch.chdir(tmp_path)
-    for command in (["prepare", "synthetic", "--store", place], ["compare", "--store", str(store.folder), "--out", place]):
+    for command in (["prepare", "synthetic", "--store", place], ["prepare", place, "--store", "s"],
+                    ["compare", "--store", str(store.folder), "--out", place]):
         assert srgan.main(command) == 2
         assert "is not mounted" in capsys.readouterr().err.splitlines()[-1]
     for folder, backup in ((place, None), (tmp_path / "r", place)):

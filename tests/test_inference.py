@@ -137,6 +137,9 @@ def test_a_summary_holds_means_of_per_image_values_and_the_gain_with_its_interva
         expected = {"mean": values.mean(), "low": values.mean() - half, "high": values.mean() + half}
         assert summary["gain"]["psnr_rgb"] == pytest.approx(expected, abs=0.1 * half + 1e-5)
         assert ("interval" in srgan.results_table(summary)) == (len(values) > 1)
+    black = rows[0] | {"bicubic_psnr_rgb": math.inf, "srgan_psnr_rgb": math.inf}  # takes no gain from the others
+    assert srgan.summarise([*rows, black], config, "all")["gain"]["psnr_rgb"]["mean"] == pytest.approx(
+        srgan.summarise(rows, config, "all")["gain"]["psnr_rgb"]["mean"])
 
 
 def test_a_summary_is_json_even_where_a_value_is_not_finite(store):
