@@ -161,7 +161,7 @@ class Config:
     kernel_size: Literal[3, 5, 7, 9] = 3  # of the first and the last convolution
     batch_norm: float = 0.0           # momentum; 0: none (a dense discriminator then keeps 0.1)
     shared_upsampling: bool = False   # one up-sampling block applied log2(scale) times (report)
-    upsampling: Literal["shuffle", "blur", "resize"] = "blur"   # see `UpsampleBlock`
+    upsampling: Literal["shuffle", "blur"] = "blur"   # see `UpsampleBlock`
     icnr: bool = True                 # start the pixel shuffle free of checkerboard
     skip: bool = True                 # the network adds detail to a bicubic enlargement
     output: Literal["report", "tanh", "linear"] = "linear"      # see `Generator`
@@ -343,17 +343,17 @@ def _write_atomically(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def mount_drive(mount_point: str = "/content/drive") -> Path | None:
+def mount_drive() -> Path | None:
     """This project's folder on the user's Drive, or None without Drive; says which in one line."""
     if not in_colab():
         print("Google Drive: only in Colab; everything stays on this disk.")
         return None
     try:
-        if not os.path.ismount(mount_point):  # drive.mount asks for consent even if it is mounted
+        if not os.path.ismount("/content/drive"):  # else drive.mount would ask for consent again
             from google.colab import drive
 
-            drive.mount(mount_point)
-        folder = Path(mount_point) / "MyDrive" / "srgan"
+            drive.mount("/content/drive")
+        folder = Path("/content/drive/MyDrive/srgan")
         folder.mkdir(exist_ok=True)  # without its parents: where nothing is mounted, it fails
     except Exception as error:  # MessageError, pexpect's, KeyError: none may end a cell
         print(f"WARNING: no Google Drive ({type(error).__name__}: {_one_line(error)}). "
@@ -472,25 +472,21 @@ class UpsampleBlock(nn.Module):
              of its output has filters of its own; where these differ, there is a checkerboard.
     blur     the same, then the kernel (1 2 1) x (1 2 1) / 16, which no pattern of period 2 passes
              (Sugawara et al. 2019). So would the mean of 2 x 2 px, but it moves all by half a px.
-    resize   nearest pixels, then conv: flat stays flat (Odena et al. 2016, deconv-checkerboard).
 
     icnr: start with four equal filters, so without a checkerboard (Aitken et al. 2017).
     """
 
-    def __init__(self, channels: int, kind: str = "shuffle", icnr: bool = False,
-                 out: int | None = None):
+    def __init__(self, channels: int, out: int, kind: str, icnr: bool):
         super().__init__()
-        self.kind, out = kind, out or channels
-        self.conv = nn.Conv2d(channels, out if kind == "resize" else 4 * out, 3, padding=1)
+        self.kind = kind
+        self.conv = nn.Conv2d(channels, 4 * out, 3, padding=1)
         self.shuffle, self.activation = nn.PixelShuffle(2), nn.PReLU()
-        if icnr and kind != "resize":
+        if icnr:
             with torch.no_grad():
                 for values in (self.conv.weight, self.conv.bias):
                     values.copy_(values[::4].repeat_interleave(4, dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "resize":
-            return self.activation(self.conv(F.interpolate(x, scale_factor=2, mode="nearest")))
         x = self.activation(self.shuffle(self.conv(x)))
         if self.kind == "blur":
             box = x.new_full((1, 1, 2, 2), 0.25)
@@ -526,7 +522,7 @@ class Generator(nn.Module):
         for _ in range(1 if shared else config.stages):
             tapers = config.taper and not shared  # what fits itself has one width
             out = max(channels // 2, min(channels, 16)) if tapers else channels
-            self.upsample.append(UpsampleBlock(channels, config.upsampling, config.icnr, out))
+            self.upsample.append(UpsampleBlock(channels, out, config.upsampling, config.icnr))
             channels = out
         self.tail = nn.Conv2d(channels, 3, kernel, padding=kernel // 2)
 
@@ -692,10 +688,10 @@ def pixel_loss(sr: Tensor, hr: Tensor, distance: str = "l1") -> Tensor:
 def feature_loss(sr: Sequence[Tensor], hr: Sequence[Tensor], distance: str = "l1",
                  rescale: float = 0.0) -> Tensor:
     """The mean of `pixel_loss` over pairs of feature maps, both divided by `rescale` (Eq. 5), or
-    with 0 by the mean magnitude of HR's map, so that each depth counts the same."""
+    with 0 by the mean magnitude of each HR's map, so that each depth counts the same."""
     losses = []
     for ours, wanted in zip(sr, hr):
-        size = rescale or wanted.abs().mean()
+        size = rescale or wanted.abs().mean((1, 2, 3), keepdim=True)
         losses.append(pixel_loss(ours / size, wanted / size, distance))
     return torch.stack(losses).mean()
 
@@ -837,10 +833,8 @@ def discriminator_step(state: TrainState, lr: Tensor, sr: Tensor, hr: Tensor) ->
 
 
 def _content_loss(state: TrainState, sr: Tensor, hr: Tensor) -> Tensor:
-    """What `config.content` compares of sr and hr: VGG's maps of a random window, or pixels."""
+    """The distance of VGG's maps of sr and hr, in a random window."""
     config = state.config
-    if config.content == "pixel":
-        return pixel_loss(sr, hr, config.distance)
     side = min(config.vgg_window or hr.shape[-1], hr.shape[-1])
     random = seeded(config.seed, 2, state.update)
     y, x = torch.randint(hr.shape[-1] - side + 1, (2,), generator=random).tolist()
@@ -858,11 +852,11 @@ def generator_step(state: TrainState, lr: Tensor, sr: Tensor, hr: Tensor) -> dic
     """
     config, discriminator = state.config, state.discriminator
     discriminator.requires_grad_(False)  # its weights need no gradient here
+    pixel = pixel_loss(sr, hr, config.distance)
     with state.autocast():
         fake = discriminator(sr, lr)
-        content = _content_loss(state, sr, hr)
+        content = _content_loss(state, sr, hr) if state.vgg else pixel
     discriminator.requires_grad_(True)
-    pixel = pixel_loss(sr, hr, config.distance)
     adversarial = adversarial_loss(fake, config.adversarial)
     ramp = min(1.0, (state.update - config.pretrain_steps + 1) / max(1, config.ramp_steps))
     # each name is a column of `_HISTORY`, too
@@ -917,7 +911,9 @@ def ssim(sr: Tensor, hr: Tensor) -> Tensor:
     """Structural similarity of each image, (N,), 1 if identical: window of 11 px, sigma 1.5."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none")
+    if sr.is_cuda:  # newer GPUs convolve fp32 with three digits (TF32): too few here
+        sr, hr = sr.double(), hr.double()
+    return structural_similarity_index_measure(sr, hr, data_range=1.0, reduction="none").float()
 
 
 @lru_cache(maxsize=1)
@@ -1644,9 +1640,8 @@ def batch(store: FaceStore, config: Config, update: int, device: torch.device,
 # --------------------------------------------------------------------------------------------------
 
 
-def _save_checkpoint(folder: str | Path, state: dict) -> Path:
+def _save_checkpoint(folder: Path, state: dict) -> Path:
     """Write `state` (plain data with an `update`) into `folder`; its file. The newest two stay."""
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / f"update-{state['update']:08d}.pt", folder / "checkpoint.part"
     try:
@@ -1718,11 +1713,11 @@ class _Backup:
 
     def __init__(self, run: Path, folder: Path, keep: str):
         folder.mkdir(parents=True, exist_ok=True)
-        run.mkdir(parents=True, exist_ok=True)
         slots = folder / "slot_a.pt", folder / "slot_b.pt"
         self.slots = sorted(slots, key=lambda slot: (str(slot) == keep, _update_of(slot)))
         self.run, self.folder, self.update = run, folder, _update_of(self.slots[1])  # the newest
-        self.status, self.pool, self.job = "none yet", ThreadPoolExecutor(1), None
+        self.status = f"update {self.update:,}" if self.update >= 0 else "none yet"
+        self.pool, self.job = ThreadPoolExecutor(1), None
         for name in self.FILES:
             if (folder / name).exists() and not (run / name).exists():  # on a fresh machine
                 _write_atomically(run / name, (folder / name).read_bytes())
@@ -2077,7 +2072,6 @@ def panels_figure(rows: Sequence[Sequence[tuple]], zoom: tuple[float, float] | N
     to the right and down (0 to 1). None: no parts.
     """
     from matplotlib.figure import Figure  # without pyplot and its global state
-    from matplotlib.patches import Rectangle
 
     lines = 2 if zoom else 1
     shape = lines * len(rows), max(map(len, rows))
@@ -2094,7 +2088,7 @@ def panels_figure(rows: Sequence[Sequence[tuple]], zoom: tuple[float, float] | N
             if zoom:
                 height, width = (max(1, side // 4) for side in pixels.shape[:2])
                 x, y = round(zoom[0] * 3 * width), round(zoom[1] * 3 * height)
-                ax.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white"))
+                ax.indicate_inset([x, y, width, height], edgecolor="white", alpha=1)
                 below = axes[lines * row + 1, column]
                 below.imshow(pixels[y:y + height, x:x + width], **exact)
     return figure
@@ -2300,6 +2294,8 @@ def _look_up(folder: str | Path, store: FaceStore, preset: str | None, changes: 
     """The config of the run in `folder`, and its newest checkpoint; ValueError if it is another."""
     if backup:
         _check_mounted(Path(backup))
+        with contextlib.suppress(FileNotFoundError):
+            os.listdir(backup)  # OSError where Drive cannot be read: `glob` would find nothing
     saved, count = newest_checkpoint(Path(folder) / "ckpt", backup), _share()[1]
     old = saved["config"] if saved else asdict(Config.preset(preset or "sharp"))
     given = {"preset_name": preset or old["preset_name"]} | (changes or {})
@@ -2319,13 +2315,14 @@ def _look_up(folder: str | Path, store: FaceStore, preset: str | None, changes: 
     return replace(config, precision=precision), saved
 
 
-def _check_run_space(folder: Path, config: Config) -> None:
-    """OSError if `folder` has no room for the checkpoints: two are kept while one is written."""
+def _check_run_space(config: Config, *folders: str | Path | None) -> None:
+    """OSError if one of `folders` lacks room for the checkpoints: two and the one being written."""
     with torch.device("meta"):  # shapes alone: no memory
         own = [count_parameters(network(config)) for network in (Generator, Discriminator)]
     size = 4 * (3 * sum(own) + own[0])  # 3: Adam keeps two moments of each; then the average
-    there = sum(path.stat().st_size for path in folder.glob("**/*.pt"))
-    _check_space(folder, 3 * size - there, "checkpoints")
+    for folder in map(Path, filter(None, folders)):
+        there = sum(path.stat().st_size for path in folder.glob("**/*.pt"))
+        _check_space(folder, 3 * size - there, "checkpoints")
 
 
 def _updates(state: TrainState, store: FaceStore, count: int) -> list[dict[str, float]]:
@@ -2344,8 +2341,9 @@ def _updates(state: TrainState, store: FaceStore, count: int) -> list[dict[str, 
     # a sum keeps what is not finite, and takes a thirtieth of the time of looking at each number
     if broken or not all(each.sum().isfinite() for each in weights):
         raise FloatingPointError(f"by update {state.update}, {', '.join(broken) or 'a weight'} is "
-                                 "not finite any more: try a lower learning_rate or precision=fp32 "
-                                 "in a new run; the newest checkpoint is from before that")
+                                 "not finite any more: continue with precision=fp32 (the newest "
+                                 "checkpoint is from before that), or start a new run with a lower "
+                                 "learning_rate")
     return [dict(zip(names, values)) for values in table.tolist()]
 
 
@@ -2384,28 +2382,30 @@ class _Run:
     def __init__(self, folder: Path, store: FaceStore, config: Config, saved: dict | None,
                  backup: Path | None):
         self.folder, self.store, self.pace, self.notes, self.backup = folder, store, {}, [], None
-        device, often = pick_device(), config.total_steps * config.batch_size > len(store)
-        if device.type == "cuda" and often:  # the faces beside the networks, where they fit
-            torch.cuda.empty_cache()  # else what earlier runs left would count as taken
-            if len(store) * _SIDE * _SIDE * 3 < torch.cuda.mem_get_info()[0] / 4:
-                store.keep_on(device)
-        self.state, self.began = TrainState(config, device), time.perf_counter()
+        self.state, self.began = TrainState(config, pick_device()), time.perf_counter()
         self.saved_update, self.saved_at, self.seconds = 0, time.time(), 0.0
         if saved:
             try:
                 self.state.load(saved)
+            except torch.OutOfMemoryError:  # a RuntimeError, too, but the checkpoint is good
+                raise
             except (LookupError, TypeError, AttributeError, RuntimeError, ValueError):
                 raise ValueError(f"{saved['place']} does not hold the networks of this run: delete "
                                  "it to continue from the one before") from None
             self.began -= saved["seconds"]
             self.saved_update = saved["update"]
             self.notes.append(f"continues at update {saved['update']:,} of {config.total_steps:,}")
+        device, often = self.state.device, config.total_steps * config.batch_size > len(store)
+        if device.type == "cuda" and often:  # the faces beside the networks, where they fit
+            torch.cuda.empty_cache()  # else what earlier runs left would count as taken
+            if len(store) * _SIDE * _SIDE * 3 < torch.cuda.mem_get_info()[0] / 4:
+                store.keep_on(device)
         self.writes = _share()[0] == 0  # of several processes, the first one
         if not self.writes:
             return
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
         if backup:
             self.backup = _Backup(folder, backup, saved["place"] if saved else "")
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
         record = {"store": store.fingerprint, "config": asdict(config),
                   "environment": _environment(), "processes": _share()[1]}
         _write_atomically(folder / "config.json", json.dumps(record, indent=1).encode())
@@ -2413,10 +2413,7 @@ class _Run:
         _write_atomically(folder / "history.csv", history.encode())  # no row comes twice
 
     def save(self) -> None:
-        """The generator in use, then a checkpoint of all that continuing needs, then its copy.
-
-        Killed anywhere in between, the newest checkpoint that was renamed counts.
-        """
+        """The generator in use, then a checkpoint; killed in between, the one before counts."""
         state, store = self.state, self.store
         if state.update == self.saved_update:
             return
@@ -2529,8 +2526,7 @@ def train(store: FaceStore, folder: str | Path, preset: str | None = None,
     with _locked(folder) if first else contextlib.nullcontext():
         config, saved = _from_first(
             _look_up(folder, store, preset, changes, backup) if first else None)
-        for place in filter(None, (folder, backup)):
-            _check_run_space(place, config)
+        _check_run_space(config, folder, backup)
         if for_minutes and not saved:
             whole = max(1e-9, _seconds_left(config, 0, _pace(config, store)))
             config = config.lasting(_from_first(int(config.total_steps * 60 * for_minutes / whole)))
@@ -2591,36 +2587,43 @@ def forecast(store: FaceStore, folder: str | Path, preset: str | None = None,
     if in_colab() and seconds > 12 * 3600:
         then = "run it again then, and it continues" if backup else "without Drive all is lost then"
         told += f"\nWARNING: Colab ends a session after 12 h at most: {then}"
-    for place in filter(None, (folder, backup)):
+    for place in (folder, backup):
         try:
-            _check_run_space(Path(place), config)
+            _check_run_space(config, place)
         except OSError as error:
             told += f"\nWARNING: {error}"
     return told
 
 
 def reproduce_report(store: FaceStore, folder: str | Path, changes: dict | None = None,
-                     looks: Sequence[int] = (10, 100, 500, 1000, 2000)) -> Iterator[Progress]:
+                     looks: Sequence[int] = (10, 100, 500, 1000, 2000),
+                     backup: str | Path | None = None) -> Iterator[Progress]:
     """Train the preset `report` with `changes`, then `sharp` in its view for as long.
 
-    Yields what `train` does; stopped, it continues. Leaves in `folder` the runs, the report's
-    generators after `looks` updates and at its end, and, of these and of `sharp`, stages.png (two
-    test faces) and stages.txt (up to 200).
+    Yields what `train` does; stopped, it continues. Leaves in `folder` the runs and, of the report
+    after `looks` updates and at its end and of `sharp`, stages.png (two test faces) and stages.txt
+    (up to 200). backup: a second folder, as for `train`. The report's generators are kept there.
     """
     folder, changes, kept, networks = Path(folder), dict(changes or {}), {}, {}
+    safe = Path(backup or folder)
     config = Config.preset("report", **changes).for_faces(len(store.indices("train")))
     fixed = {name: value for name, value in changes.items() if name not in ("epochs", "steps")}
     for steps in sorted({look for look in looks if look < config.steps} | {config.steps}):
-        path = kept[f"report, {steps} updates"] = folder / f"report-{steps:06}.safetensors"
+        path = kept[f"report, {steps} updates"] = safe / f"report-{steps:06}.safetensors"
         if not path.exists():
-            for event in train(store, folder / "report", "report", fixed | {"steps": steps}):
+            for event in train(store, folder / "report", "report", fixed | {"steps": steps},
+                               backup=backup and safe / "report"):
                 yield event
             if event.stopped:
                 return
-            shutil.copyfile(folder / "report" / "generator.safetensors", path)
+            _write_atomically(path, (folder / "report" / "generator.safetensors").read_bytes())
     view = {name: getattr(config, name) for name in ("scale", "crop", "hr_size", "vgg")}
     sharp, minutes = folder / f"sharp-{config.steps:06}", load_generator(path)[2]["seconds"] / 60
-    yield from train(store, sharp, "sharp", view, for_minutes=max(minutes, 0.01))
+    for event in train(store, sharp, "sharp", view, for_minutes=max(minutes, 0.01),
+                       backup=backup and safe / sharp.name):
+        yield event
+    if event.stopped:
+        return
     kept["sharp"], test = sharp / "generator.safetensors", _spread(store.indices("test"), 200)
     lines = [f"vgg={Path(config.vgg).name}"]
     for name, path in kept.items():
@@ -2984,8 +2987,6 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     """start a run, or continue it"""
-    if args.max_minutes and args.for_minutes:
-        raise ValueError("give --max-minutes or --for-minutes, not both")
     if args.backup and Path(args.backup).resolve() == Path(args.run).resolve():
         raise ValueError("--backup and --run are one folder: name another for the copies")
     changes = dict(args.set) | ({"scale": args.scale} if args.scale else {})
@@ -3088,8 +3089,9 @@ def _parser() -> argparse.ArgumentParser:
     add("train", "--run", required=True, metavar="DIR", help="the run; one there is continued")
     add("train", "--preset", help="report, paper, sharp (default) or demo")
     add("train", "--backup", metavar="DIR", help="a second folder for checkpoints, on Drive say")
-    add("train", "--max-minutes", type=minutes, metavar="M", help="save and stop after so long")
-    add("train", "--for-minutes", type=minutes, metavar="M", help="set a new run's length to fit")
+    parsers["time"] = parsers["train"].add_mutually_exclusive_group()
+    add("time", "--max-minutes", type=minutes, metavar="M", help="save and stop after so long")
+    add("time", "--for-minutes", type=minutes, metavar="M", help="set a new run's length to fit")
     add("train compare", "--scale", choices=("2", "4", "8", "16"), help="(default: 4)")
     add("train compare", "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         type=lambda text: text.partition("=")[::2], help="change a preset, or crop and hr_size")
@@ -3124,7 +3126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConnectionError as error:
         print(error, file=sys.stderr)  # the one message of three lines: CelebA by hand
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError,
-            torch.OutOfMemoryError) as error:
+            RuntimeError) as error:  # the last of torch: no memory, an unfit GPU or driver
         print(f"srgan_utils.py: {_one_line(error)}", file=sys.stderr)
     return 2
 

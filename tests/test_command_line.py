@@ -133,7 +133,7 @@ def test_upscale_turns_photos_upright_writes_over_nothing_and_names_bad_ones_at_
     ("train --set batch_size", "batch_size= must be a whole number"), ("train --set steps=3 crop=400", "a whole number from 16 to 178"),
     ("train --set epochs=1 steps=3", "give one of them"), ("train --colour red", "--colour"),
     ("train --max-minutes soon", "number above 0"), ("train --max-minutes 0", "number above 0"),
-    ("train --for-minutes nan", "number above 0"), ("train --max-minutes 1 --for-minutes 1", "not both"),
+    ("train --for-minutes nan", "number above 0"), ("train --max-minutes 1 --for-minutes 1", "not allowed with"),
     ("train --backup run", "--backup and --run are one folder"),
     ("compare --split tset", "test"), ("compare --count 0", "above 0"), ("compare --count 2.5", "whole number"),
     ("compare --set steps=3", "crop and hr_size"), ("compare --set hr_size=50", "nearest that is: "),

@@ -139,7 +139,7 @@ def test_any_size_is_enlarged_and_each_image_gets_a_score(preset, scale):
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @pytest.mark.parametrize("upsampling, icnr, factor, flat", [
-    ("blur", False, 3, True), ("resize", False, 3, True),  # whatever the weights
+    ("blur", False, 3, True),  # whatever the weights
     ("shuffle", True, 1, True), ("shuffle", False, 1, False)])  # only at the start, and only by ICNR
 def test_flat_in_flat_out(scale, upsampling, icnr, factor, flat):
     torch.manual_seed(0)

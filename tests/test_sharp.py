@@ -46,6 +46,9 @@ def test_each_kind_of_verdict_counts_the_same_and_so_does_each_depth_over_hrs_ow
     a, b = ([torch.full((2, 3, 8, 8), value), torch.full((2, 6, 4, 4), large)] for value, large in ((3.0, 80.0), (-2.0, 100.0)))
     assert srgan.feature_loss(a, b).item() == pytest.approx((5 / 2 + 20 / 100) / 2)
     assert srgan.feature_loss(a, b, "mse", rescale=2.0).item() == pytest.approx((25 / 4 + 400 / 4) / 2)
+    a, b = torch.rand(2, 4, 3, 8, 8)  # of a batch it is the mean over the images, so that processes may share them
+    parts = [srgan.feature_loss([one], [other]) for one, other in zip(a.split(2), b.split(2))]
+    torch.testing.assert_close(srgan.feature_loss([a], [b]), torch.stack(parts).mean())
 
 
 def test_vgg_gives_the_layers_that_are_named_before_their_activation():

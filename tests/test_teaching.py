@@ -53,7 +53,7 @@ def test_costs_add_up_to_the_totals_and_keep_the_mode(preset):
 
 
 @pytest.mark.parametrize("preset, changes", [("report", {}), ("paper", {}), *(("sharp", {"upsampling": kind}) for kind in (
-    "shuffle", "blur", "resize")), ("sharp", {"residual_blocks": 3}), ("sharp", {"residual_blocks": 6, "dilation": 2})], ids=str)
+    "shuffle", "blur")), ("sharp", {"residual_blocks": 3}), ("sharp", {"residual_blocks": 6, "dilation": 2})], ids=str)
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @pytest.mark.filterwarnings("ignore:TF32")  # of torch's, about another machine
 def test_the_receptive_radius_is_how_far_a_pixel_sees(preset, changes, scale):

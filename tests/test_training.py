@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -197,7 +199,7 @@ def test_another_value_is_another_run(store, finished):
     assert run(store, finished, TINY | {"scale": 4, "save_steps": 7, "sample_steps": 9})[-1].done
 
 
-def test_a_run_is_what_its_checkpoints_say_and_none_starts_on_top_of_lost_ones(store, tmp_path, finished):
+def test_a_run_is_what_its_checkpoints_say_and_none_starts_on_top_of_lost_ones(store, tmp_path, finished, monkeypatch):
     shutil.copytree(finished, folder := tmp_path / "r")
     run(store, folder)
     config = (folder / "config.json").read_bytes()
@@ -211,6 +213,13 @@ def test_a_run_is_what_its_checkpoints_say_and_none_starts_on_top_of_lost_ones(s
         with refused(ValueError, "00007.pt does not hold the networks of this run"):
             run(store, folder, {"steps": 9})
         path.unlink()
+    with monkeypatch.context() as patch:  # no fault of the checkpoint, nor an empty Drive
+        patch.setattr(srgan.TrainState, "load", mock.Mock(side_effect=torch.OutOfMemoryError("out of memory")))
+        with refused(torch.OutOfMemoryError, "out of memory"):
+            run(store, folder, {"steps": 9})
+        patch.setattr(os, "listdir", mock.Mock(side_effect=OSError("Input/output error")))
+        with refused(OSError, "Input/output error"):
+            list(srgan.train(store, tmp_path / "new", "sharp", TINY, backup=folder))
     for path in (folder / "ckpt").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):  # also when nothing else is left
@@ -350,16 +359,19 @@ def test_bf16_runs_on_a_cpu(store, tmp_path, monkeypatch, changes):
 def test_the_report_is_reproduced_and_goes_on_where_it_was_stopped(store, tmp_path):
     changes = {"scale": 2, "hr_size": 48, "channels": 4, "residual_blocks": 1, "content": "pixel", "vgg": "random",
                "batch_size": 17, "epochs": 1.0}
-    next(srgan.reproduce_report(store, tmp_path, changes, looks=(1, 9)))
-    assert not (tmp_path / "stages.txt").exists()
-    steps = [event.step for event in srgan.reproduce_report(store, tmp_path, changes, looks=(1, 9))]
-    assert 2 in steps  # 34 faces in two batches
-    assert sorted(path.name for path in tmp_path.glob("report-*")) == ["report-000001.safetensors", "report-000002.safetensors"]
-    generator, config, _ = srgan.load_generator(tmp_path / "report-000002.safetensors")
+    drive, events = tmp_path / "drive", srgan.reproduce_report(store, tmp_path / "lost", changes, (1, 9), tmp_path / "drive")
+    assert next(events).step == 1 and next(events).step == 2  # 34 faces in two batches
+    events.close()
+    shutil.rmtree(tmp_path / "lost")  # a session that is cut off: the rest on a fresh machine
+    steps = [event.step for event in srgan.reproduce_report(store, tmp_path, changes, (1, 9), drive)]
+    assert steps[0] == 2 and not (tmp_path / "lost").exists()
+    assert sorted(path.name for path in drive.glob("report-*")) == ["report-000001.safetensors", "report-000002.safetensors"]
+    generator, config, about = srgan.load_generator(drive / "report-000002.safetensors")
+    assert [srgan.load_generator(drive / f"report-00000{n}.safetensors")[2]["update"] for n in (1, 2)] == [1, 2]
     rows = srgan.evaluate(generator, config, store, store.indices("test"))
     table, told = srgan.results_table(srgan.summarise(rows, config, "test")), (tmp_path / "stages.txt").read_text()
     assert table in told and "report, 1 updates" in told and "sharp, " in told and (tmp_path / "stages.png").exists()
     sharp = srgan.load_generator(tmp_path / "sharp-000002" / "generator.safetensors")[1]
     assert (sharp.preset_name, sharp.scale, sharp.crop, sharp.hr_size) == ("sharp", 2, 144, 48)  # the report's view
     with pytest.raises(ValueError, match="started with channels=4, not 8"):
-        list(srgan.reproduce_report(store, tmp_path, changes | {"channels": 8, "epochs": 2.0}))
+        list(srgan.reproduce_report(store, tmp_path, changes | {"channels": 8, "epochs": 2.0}, backup=drive))
