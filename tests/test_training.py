@@ -1,5 +1,6 @@
 """Runs that are stopped, continued, changed, forecast and broken; their precision; the report's own."""
 
+import functools
 import json
 import math
 import os
@@ -356,22 +357,31 @@ def test_bf16_runs_on_a_cpu(store, tmp_path, monkeypatch, changes):
     assert sr.dtype == torch.float32 and {loss.dtype for loss in losses.values()} == {torch.float32}
 
 
-def test_the_report_is_reproduced_and_goes_on_where_it_was_stopped(store, tmp_path):
+@pytest.mark.parametrize("copied", [False, True], ids=["on this machine", "on a fresh one from Drive"])
+def test_the_report_is_reproduced_and_goes_on_where_it_was_stopped(store, tmp_path, copied):
     changes = {"scale": 2, "hr_size": 48, "channels": 4, "residual_blocks": 1, "content": "pixel", "vgg": "random",
                "batch_size": 17, "epochs": 1.0}
-    drive, events = tmp_path / "drive", srgan.reproduce_report(store, tmp_path / "lost", changes, (1, 9), tmp_path / "drive")
+    folder, drive = tmp_path / "here", tmp_path / "drive" if copied else None
+    again = functools.partial(srgan.reproduce_report, store, folder, changes, (1, 9), drive)
+    events = again()
     assert next(events).step == 1 and next(events).step == 2  # 34 faces in two batches
     events.close()
-    shutil.rmtree(tmp_path / "lost")  # a session that is cut off: the rest on a fresh machine
-    steps = [event.step for event in srgan.reproduce_report(store, tmp_path, changes, (1, 9), drive)]
-    assert steps[0] == 2 and not (tmp_path / "lost").exists()
-    assert sorted(path.name for path in drive.glob("report-*")) == ["report-000001.safetensors", "report-000002.safetensors"]
-    generator, config, about = srgan.load_generator(drive / "report-000002.safetensors")
-    assert [srgan.load_generator(drive / f"report-00000{n}.safetensors")[2]["update"] for n in (1, 2)] == [1, 2]
+    for event in again():
+        if event.total != 2 and not event.done:  # in its second half, too
+            signal.raise_signal(signal.SIGINT)
+    assert event.stopped and event.step < event.total and not (folder / "stages.txt").exists()
+    if copied:
+        shutil.rmtree(folder)  # the session is cut off
+    *_, last = again()
+    assert last.done and last.step == event.total
+    kept = list((drive or folder).glob("report-*"))
+    assert sorted(path.name for path in kept) == ["report-000001.safetensors", "report-000002.safetensors"]
+    generator, config, _ = srgan.load_generator(max(kept))
+    assert [srgan.load_generator(path)[2]["update"] for path in sorted(kept)] == [1, 2]
     rows = srgan.evaluate(generator, config, store, store.indices("test"))
-    table, told = srgan.results_table(srgan.summarise(rows, config, "test")), (tmp_path / "stages.txt").read_text()
-    assert table in told and "report, 1 updates" in told and "sharp, " in told and (tmp_path / "stages.png").exists()
-    sharp = srgan.load_generator(tmp_path / "sharp-000002" / "generator.safetensors")[1]
+    table, told = srgan.results_table(srgan.summarise(rows, config, "test")), (folder / "stages.txt").read_text()
+    assert table in told and "report, 1 updates" in told and "sharp, " in told and (folder / "stages.png").exists()
+    sharp = srgan.load_generator(folder / "sharp-000002" / "generator.safetensors")[1]
     assert (sharp.preset_name, sharp.scale, sharp.crop, sharp.hr_size) == ("sharp", 2, 144, 48)  # the report's view
     with pytest.raises(ValueError, match="started with channels=4, not 8"):
-        list(srgan.reproduce_report(store, tmp_path, changes | {"channels": 8, "epochs": 2.0}, backup=drive))
+        list(srgan.reproduce_report(store, folder, changes | {"channels": 8, "epochs": 2.0}, backup=drive))
